@@ -1,0 +1,674 @@
+"""FedGS: federated segmentation in which small lesions are not drowned out.
+
+    python fedgs.py --dataset polypgen --method fedgs        # a whole federation, from images to tables
+    python fedgs.py --help                                   # every option
+
+Schutte, Corbetta, Beets-Tan and Silva, "FedGS: Federated Gradient Scaling for Heterogeneous Medical Image
+Segmentation", MICCAI DeCaF 2024. Hospitals (clients) train one network without sharing images. Training at
+a client is plain AdamW; only what it *reports* is re-weighted, by how small the lesions of each batch were:
+
+    server: initialise theta
+    for each round:
+        for each client k, in its own hospital:
+            theta_k <- theta;  Delta_k <- 0
+            for each batch x, y of B images:
+                delta_x = tanh(log_l(1 / a_x)^2) if the lesion of x is small, else 0       mask_difficulty
+                eta     = 1 + (2 / B) sum_x delta_x
+                s       = AdamW's step for the gradient of the loss
+                theta_k <- theta_k - s;  Delta_k <- Delta_k + eta s                        adamw_accumulate_
+        theta <- theta - sum_k (T_k / sum_j T_j) Delta_k                                   aggregate
+
+a_x is the lesion's share of the image, T_k the number of client k's steps. FedAvg, the baseline, reports
+Delta_k = theta - theta_k and weights clients by their numbers of images. This file follows that order.
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import metrics
+from models import UTNet
+
+__version__ = "0.1.0"
+
+
+class RunError(ValueError):
+    """A run that cannot go on: the message says what was wrong, where, and what to do."""
+
+
+# ---------------------------------------------------------------------------------------- configuration
+
+
+def option(default, help, **how):
+    """A field of Config that is also a command line option."""
+    return field(default=default, metadata={"help": help, **how})
+
+
+@dataclass
+class Config:
+    """Everything that decides a run. The defaults are the paper's."""
+
+    dataset: str = option("polypgen", "data set", choices=("polypgen",))
+    method: str = option("fedgs", "fedgs, or the baseline fedavg", choices=("fedgs", "fedavg"))
+    model: str = option("utnet", "network", choices=("utnet",))
+    preset: str = option("auto", "named values for the options below; auto: paper with real data and a GPU, else quick",
+                         choices=("auto", "paper", "quick"))
+    rounds: int = option(100, "communication rounds")
+    local_epochs: int = option(5, "epochs that a client trains in a round")
+    batch_size: int = option(4, "images in a batch; a last incomplete batch is dropped")
+    lr: float = option(1e-4, "learning rate of the clients' AdamW")
+    image_size: int = option(512, "images are resized to this square; a multiple of 16")
+    width: int = option(32, "base channels of the network")
+    server_lr: float = option(1.0, "factor on the server's step")
+    server_momentum: float = option(0.0, "momentum of the server's step")
+    log_base: float = option(100.0, "l, base of the logarithm in the difficulty of a small lesion")
+    tau: float = option(150.0, "smallness: a lesion is small if it covers at most 1/tau of the image")
+    split: str = option("fold", "train, validation and test images of a client: published folds, published per-centre split, "
+                        "or folds with near-duplicate frames kept together", choices=("fold", "centre", "grouped"))
+    fold: int = option(1, "which of the five folds", choices=(1, 2, 3, 4, 5))
+    centres: tuple = option(data.POLYPGEN_CENTRES, "centres that take part, the held-out one included", nargs="+", type=int)
+    out_centre: int = option(6, "centre that is held out for testing")
+    seed: int = option(0, "seed of initial weights, batches and augmentation")
+    device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
+    data_root: str = option("", "folder of the data set, or stand-in for procedural images; default: datasets/<dataset> if it is there, "
+                            "else the stand-in")
+    out: str = option("", "folder of the run; default: runs/<dataset>-<method>-<model>-f<fold>-s<seed>")
+    resume: bool = option(False, "continue the run in its folder")
+
+
+PRESETS = {
+    "paper": {},
+    "quick": dict(rounds=8, local_epochs=1, image_size=96, width=16, lr=1e-3),  # minutes on a laptop's CPU
+}
+FREE_ON_RESUME = {"preset", "rounds", "device", "data_root", "out", "resume"}  # they do not change what a round computes
+
+
+def check(config):
+    """Raise RunError, naming the option, for values that no run can use."""
+    for name in ("rounds", "local_epochs", "batch_size", "width"):
+        require(getattr(config, name) >= 1, name, config, "must be at least 1")
+    for name in ("lr", "server_lr", "tau"):
+        require(0 < getattr(config, name) < math.inf, name, config, "must be a positive number")
+    require(1 < config.log_base < math.inf, "log_base", config, "must be a number above 1")
+    require(0 <= config.server_momentum < 1, "server_momentum", config, "must be in [0, 1)")
+    require(config.seed >= 0, "seed", config, "must not be negative")
+    require(config.image_size >= 32 and config.image_size % 16 == 0, "image_size", config, "must be a multiple of 16, at least 32")
+    require(set(config.centres) <= set(data.POLYPGEN_CENTRES), "centres", config, "must be among 1 2 3 4 5 6")
+    require(len(set(config.centres)) == len(config.centres), "centres", config, "names a centre twice")
+    require(config.out_centre in config.centres, "out_centre", config, f"must be among the centres that take part, {config.centres}")
+    require(len(config.centres) > 1, "centres", config, "leaves no client beside the held-out centre")
+    require(config.device != "cuda" or torch.cuda.is_available(), "device", config, "but torch finds no GPU here")
+
+
+def require(condition, name, config, rule):
+    if not condition:
+        raise RunError(f"--{name.replace('_', '-')} {getattr(config, name)}: {rule}")
+
+
+# ------------------------------------------------------- difficulty, step and aggregation: the definitions
+
+
+def mask_difficulty(masks, small, log_base):
+    """Lesion areas, difficulties and the step scale of a batch (paper, Eq. 1 to 3).
+
+    masks (B, 1, H, W) or (B, H, W), nonzero = lesion; small (B,) bool. -> area (B,) int64, in pixels;
+    delta (B,) float32 in [0, 1): tanh(log_l(1/a)^2) of small images, else 0 (also where a rotation moved
+    the lesion out of view); eta, 0-dim float32 in [1, 3]: 1 + (2/B) sum delta. Nothing leaves the device.
+    """
+    area = (masks != 0).flatten(1).sum(dim=1)
+    inverse_area = masks.shape[-2] * masks.shape[-1] / area.clamp(min=1).double()
+    delta = torch.tanh((inverse_area.log() / math.log(log_base)) ** 2)
+    delta = torch.where(small.bool() & (area > 0), delta, 0.0).float()
+    return area, delta, 1 + 2 * delta.sum() / max(len(masks), 1)
+
+
+def adamw_accumulate_(theta, grad, m, v, step, lr, delta=None, eta=None, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
+    """One AdamW step on flat vectors, in place; with delta and eta also delta += eta s (paper, Eq. 4).
+
+    theta, grad, m, v, delta: (P,) float32; step counts from 1; eta is a 0-dim tensor on the same device.
+    s = lr m_hat / (sqrt(v_hat) + eps) comes after the decoupled weight decay, which is no part of delta.
+    """
+    theta.mul_(1 - lr * weight_decay)
+    m.lerp_(grad, 1 - betas[0])
+    v.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    root = (v / (1 - betas[1] ** step)).sqrt_().add_(eps)
+    s = (m / root).mul_(lr / (1 - betas[0] ** step))
+    theta.sub_(s)
+    if delta is not None:
+        delta.add_(s.mul_(eta))
+
+
+def aggregate(theta, updates, weights, server_lr=1.0):
+    """theta - server_lr sum_k w_k Delta_k, summed in client order (paper, Eq. 5).
+
+    theta (P,); updates: K vectors (P,); weights: K numbers that sum to 1.
+    -> new theta (P,), squared norm of each update (K,) float64, whether each update is finite (K,) bool
+    """
+    new = theta.clone()
+    for update, weight in zip(updates, weights, strict=True):
+        new.sub_(update, alpha=server_lr * weight)
+    norms = torch.stack([torch.linalg.vector_norm(update, dtype=torch.float64).square() for update in updates])
+    return new, norms, norms.isfinite()  # a sum of squares is finite exactly where all its terms are
+
+
+# ---------------------------------------------------------------------------------- a network as vectors
+
+
+class FlatNetwork:
+    """A network whose tensors are views of three vectors, so that one operation reaches all of them.
+
+    parameters, grad (P,) float32; buffers: batch norm's means and variances, float32; counters: batch norm's
+    numbers of batches, int64. Index tables (integer buffers with a shape) are constants: they stay out.
+    """
+
+    def __init__(self, network):
+        self.network = network
+        parameters = list(network.parameters())
+        self.parameters = torch.cat([p.detach().flatten() for p in parameters])
+        self.grad = torch.zeros_like(self.parameters)
+        for p, value, grad in zip(parameters, *(views(x, parameters) for x in (self.parameters, self.grad)), strict=True):
+            p.data, p.grad = value, grad
+        self.buffers = self._join(lambda buffer: buffer.is_floating_point())
+        self.counters = self._join(lambda buffer: not buffer.is_floating_point() and buffer.ndim == 0)
+
+    def _join(self, chosen):
+        owners = [(module, name) for module in self.network.modules() for name, buffer in module._buffers.items()
+                  if buffer is not None and chosen(buffer)]
+        tensors = [module._buffers[name] for module, name in owners]
+        vector = torch.cat([x.flatten() for x in tensors])
+        for (module, name), view in zip(owners, views(vector, tensors), strict=True):
+            module._buffers[name] = view
+        return vector
+
+    def load(self, state):
+        """Copy a state (parameters, buffers, counters) into the network."""
+        for mine, theirs in zip((self.parameters, self.buffers, self.counters), state, strict=True):
+            mine.copy_(theirs)
+
+    def state(self):
+        """A copy of (parameters, buffers, counters)."""
+        return self.parameters.clone(), self.buffers.clone(), self.counters.clone()
+
+
+def views(vector, tensors):
+    """Consecutive pieces of a vector, in the shapes of these tensors."""
+    return [piece.view_as(x) for piece, x in zip(vector.split([x.numel() for x in tensors]), tensors, strict=True)]
+
+
+def build_network(config):
+    """The network of a configuration, with weights drawn from its seed."""
+    torch.manual_seed(config.seed)
+    return UTNet(in_channels=3, classes=2, width=config.width)
+
+
+# ------------------------------------------------------------------------------------------------ client
+
+
+@dataclass
+class Update:
+    """What a client sends: nothing in it belongs to a single image."""
+
+    centre: int
+    delta: torch.Tensor  # (P,)
+    buffers: torch.Tensor
+    counters: torch.Tensor
+    steps: int  # T_k
+    images: int  # n_k
+    loss: torch.Tensor  # mean over steps
+    eta: torch.Tensor  # sum over steps
+    scaled: torch.Tensor  # number of steps with eta > 1
+
+
+def train_client(flat, server, images, config, round_, progress=None):
+    """A client's part of a round: local epochs of AdamW from the server's state. -> Update
+
+    flat: the FlatNetwork to work in; images: data.Images on its device. All randomness follows from
+    (seed, round, centre), so clients may run in any order or place.
+    """
+    seed = np.random.SeedSequence((config.seed, round_, images.centre)).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(seed) >> 1)
+    device, per_epoch = flat.parameters.device, len(images) // config.batch_size
+    flat.load(server.state)
+    flat.network.train()
+    m, v, delta = torch.zeros(3, flat.parameters.numel(), device=device)
+    loss_sum, eta_sum, scaled = torch.zeros(3, device=device)
+    step = 0
+    for _ in range(config.local_epochs):
+        order = torch.randperm(len(images), generator=generator)[: per_epoch * config.batch_size].view(per_epoch, -1)
+        draws = torch.rand(per_epoch, config.batch_size, data.AUGMENTATION_DRAWS, generator=generator)
+        for batch, draw in zip(order.to(device), draws.to(device)):
+            x, y = data.augment(images.images[batch].float() / 255, images.masks[batch], draw)
+            flat.grad.zero_()
+            loss = metrics.soft_dice_loss(flat.network(data.normalise(x)), y)
+            loss.backward()
+            step += 1
+            if config.method == "fedgs":
+                _, _, eta = mask_difficulty(y, images.small[batch], config.log_base)
+                adamw_accumulate_(flat.parameters, flat.grad, m, v, step, config.lr, delta, eta)
+            else:
+                eta = torch.ones((), device=device)
+                adamw_accumulate_(flat.parameters, flat.grad, m, v, step, config.lr)
+            loss_sum += loss.detach()
+            eta_sum += eta
+            scaled += eta > 1
+            if progress is not None:
+                progress.update()
+    if config.method == "fedavg":
+        delta = server.state[0] - flat.parameters
+    return Update(images.centre, delta, flat.buffers.clone(), flat.counters.clone(), step, len(images), loss_sum / step, eta_sum, scaled)
+
+
+# ------------------------------------------------------------------------------------------------ server
+
+
+class Server:
+    """The server's state (parameters, buffers, counters) and, with momentum, its velocity."""
+
+    def __init__(self, flat):
+        self.state = flat.state()
+        self.velocity = torch.zeros_like(self.state[0])
+
+    def apply(self, updates, config, round_):
+        """Replace the state by the aggregate of the clients' updates.
+
+        Weights are T_k / sum T for FedGS and n_k / sum n for FedAvg, for parameters and buffers alike.
+        With momentum mu, velocity <- mu velocity + sum_k w_k Delta_k and theta <- theta - server_lr velocity.
+        Raises RunError naming the clients whose loss or update is not finite; the state is then unchanged.
+        """
+        sizes = [u.steps if config.method == "fedgs" else u.images for u in updates]
+        weights = [size / sum(sizes) for size in sizes]
+        theta, buffers, counters = self.state
+        deltas, velocity = [u.delta for u in updates], self.velocity
+        if config.server_momentum:
+            velocity, _, finite = aggregate(config.server_momentum * velocity, deltas, weights, server_lr=-1.0)
+            theta = theta - config.server_lr * velocity
+        else:
+            theta, _, finite = aggregate(theta, deltas, weights, config.server_lr)
+        buffers, _, buffers_finite = aggregate(torch.zeros_like(buffers), [u.buffers for u in updates], weights, server_lr=-1.0)
+        losses_finite = torch.stack([u.loss for u in updates]).isfinite()
+        bad = [f"C{u.centre}" for u, fine in zip(updates, finite & buffers_finite & losses_finite) if not fine]
+        if bad:
+            raise RunError(f"round {round_} was not applied: loss or update of client {', '.join(bad)} is not finite; "
+                           "earlier checkpoints stay as they were (a smaller --lr may help)")
+        counts = sum(weight * u.counters.double() for weight, u in zip(weights, updates, strict=True))
+        self.state, self.velocity = (theta, buffers, counts.round().to(counters.dtype)), velocity
+
+
+# ------------------------------------------------------------------------------------------ round loop
+
+
+def run(config, why="as given"):
+    """A whole run: train round by round, keep everything in the run's folder, test, draw. -> content of results.json
+
+    why: the reason for the preset, for the header. Raises RunError or data.DataError where the configuration, the
+    data or the folder cannot be used, before anything is written, and for a round that is refused.
+    """
+    check(config)
+    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.deterministic = True  # repeatable on the same kind of device
+    root, folder = find_data(config), run_folder(config)
+    federation = data.polypgen(root, config.centres, config.out_centre, config.image_size, config.tau, config.split, config.fold)
+    for centre, images in federation.train.items():
+        if len(images) < config.batch_size:
+            raise RunError(f"centre {centre} has {len(images)} training images, fewer than --batch-size {config.batch_size}")
+    open_folder(folder, config, federation, device)
+    network = build_network(config).to(device)
+    flat = FlatNetwork(network)
+    server = Server(flat)
+    history, best = load_progress(folder, server, config) if config.resume else ([], {})
+    print(header(config, why, root, federation, flat, device, folder), flush=True)
+
+    clients = [images.to(device) for images in federation.train.values()]
+    steps = sum(len(images) // config.batch_size for images in clients) * config.local_epochs
+    with tqdm(total=config.rounds * steps, initial=len(history) * steps, unit="step", leave=False, disable=None) as progress:
+        for round_ in range(len(history) + 1, config.rounds + 1):
+            start = time.perf_counter()
+            progress.set_description(f"round {round_}/{config.rounds}")
+            updates = [train_client(flat, server, images, config, round_, progress) for images in clients]
+            server.apply(updates, config, round_)
+            flat.load(server.state)
+            validation = metrics.means(sum(evaluate(network, images).tally for images in federation.validation.values()))
+            history.append(summarise(round_, updates, validation, time.perf_counter() - start, federation.source))
+            save_progress(folder, checkpoint(network, config, federation.source), server, history, best, validation)
+            progress.write(describe(history[-1], config.rounds))
+    return test(network, federation, config, folder, history, best)
+
+
+def summarise(round_, updates, validation, seconds, source):
+    """One row of rounds.csv: each client's loss, mean step scale and share of scaled steps, validation, time."""
+    steps = sum(u.steps for u in updates)
+    return {
+        "round": round_,
+        **{f"loss_C{u.centre}": u.loss.item() for u in updates},
+        "eta": sum(u.eta.item() for u in updates) / steps,
+        "scaled_steps": sum(u.scaled.item() for u in updates) / steps,
+        **{name: validation[name]["mean"] for name in ("dice", "dice_s", "dice_l")},
+        "seconds": round(seconds, 3),
+        "data": source,
+    }
+
+
+def describe(row, rounds):
+    """The line that a round leaves on the terminal."""
+    loss = np.mean([value for name, value in row.items() if name.startswith("loss_")])
+    return (f"round {row['round']:>3}/{rounds}   loss {loss:.3f}   η {row['eta']:.3f}   validation: Dice {row['dice']:.3f}"
+            f"   Dice_S {row['dice_s']:.3f}   Dice_L {row['dice_l']:.3f}   ({row['seconds']:.1f} s)")
+
+
+# -------------------------------------------------------------------------------------------- evaluation
+
+
+@dataclass
+class Evaluation:
+    """A network's predictions on a set of images, and how good they are."""
+
+    images: data.Images
+    predicted: torch.Tensor  # (N, 1, S, S) bool
+    dice: torch.Tensor  # (N,) float64
+    tally: torch.Tensor  # (5, 2) float64, see metrics.tally
+
+
+@torch.no_grad()
+def predict(network, images, batch_size=16):
+    """Predicted lesion masks (N, 1, S, S) bool, on the CPU, of images (N, 3, S, S) uint8."""
+    network.eval()
+    device = next(network.parameters()).device
+    batches = (data.normalise(batch.to(device).float() / 255) for batch in images.split(batch_size) if len(batch))
+    predicted = [(network(batch).argmax(dim=1, keepdim=True) == 1).cpu() for batch in batches]
+    return torch.cat([torch.zeros(0, 1, *images.shape[-2:], dtype=torch.bool), *predicted])
+
+
+def evaluate(network, images):
+    """Predict and score one centre's data.Images."""
+    truth, predicted = images.masks.bool(), predict(network, images.images)
+    dice = metrics.dice_per_image(predicted, truth)
+    tally = metrics.tally(dice, truth.flatten(1).any(1), images.small, predicted.flatten(1).any(1))
+    return Evaluation(images, predicted, dice, tally)
+
+
+def test(network, federation, config, folder, history, best):
+    """Evaluate `best` and `best_small` on in-test and out-test; write tables and pictures. -> content of results.json"""
+    title = f"{config.method}, {config.model}, fold {config.fold}, seed {config.seed} on {federation.source}"
+    splits = {"in_test": federation.in_test.values(), "out_test": [federation.out_test]}
+    rows, checkpoints = [], {}
+    for name in ("best", "best_small"):
+        load_weights(network, folder / f"{name}.pt")
+        evaluations = {split: [evaluate(network, images) for images in parts] for split, parts in splits.items()}
+        checkpoints[name] = {"round": best[name]["round"]}
+        for split, parts in evaluations.items():
+            checkpoints[name][split] = metrics.means(sum(part.tally for part in parts))
+            checkpoints[name][f"{split}_by_centre"] = {f"C{part.images.centre}": metrics.means(part.tally) for part in parts}
+            rows += [row for part in parts for row in score_rows(name, split, part, federation.source)]
+        if name == "best":
+            heading = f"{title}\ncheckpoint best (round {best[name]['round']}), test images evenly spaced by size of lesion"
+            pictures = choose_pictures([part for parts in evaluations.values() for part in parts])
+            write(folder / "predictions.png", metrics.draw_predictions(pictures, heading))
+    results = {"data": federation.source, "notes": federation.notes, "config": asdict(config), "rounds": len(history),
+               "seconds": sum(row["seconds"] for row in history), "checkpoints": checkpoints}
+    write(folder / "curves.png", metrics.draw_curves(history, title))
+    write_csv(folder / "scores.csv", rows)
+    write(folder / "results.json", to_json(results))
+    print(f"\n{title}\n{metrics.table(checkpoints)}\n\nin {folder}: results.json, rounds.csv, scores.csv, curves.png, predictions.png, "
+          "best.pt, best_small.pt, last.pt")
+    return results
+
+
+def score_rows(name, split, part, source):
+    """The rows of scores.csv for one checkpoint and one centre's evaluation."""
+    columns = (part.images.names, part.images.inverse_area.tolist(), part.images.small.tolist(), part.dice.tolist())
+    for image, inverse_area, small, dice in zip(*columns, strict=True):
+        yield {"checkpoint": name, "split": split, "centre": part.images.centre, "name": image,
+               "inverse_area": inverse_area, "small": int(small), "dice": dice, "data": source}
+
+
+def choose_pictures(parts, count=5):
+    """Small and large lesions evenly spaced by size, whatever their scores. -> rows for metrics.draw_predictions"""
+    rows = {}
+    for heading, small in (("small lesion", True), ("large lesion", False)):
+        kind = sorted((part.images.inverse_area[i].item(), k, i) for k, part in enumerate(parts) for i in range(len(part.images))
+                      if part.images.masks[i].any() and bool(part.images.small[i]) == small)
+        spaced = np.linspace(0, len(kind) - 1, min(count, len(kind))).round().astype(int)
+        rows[heading] = [picture(parts[k], i) for _, k, i in (kind[j] for j in spaced)]
+    return {heading: pictures for heading, pictures in rows.items() if pictures}
+
+
+def picture(part, i):
+    """(image, truth, prediction, caption) of one evaluated image."""
+    images = part.images
+    caption = f"C{images.centre} {images.names[i]}\n1/a = {images.inverse_area[i]:.0f}, Dice {part.dice[i]:.2f}"
+    return images.images[i].permute(1, 2, 0).numpy(), images.masks[i, 0].bool().numpy(), part.predicted[i, 0].numpy(), caption
+
+
+# ------------------------------------------------------------------------------------- the run's folder
+
+
+def run_folder(config):
+    return Path(config.out or f"runs/{config.dataset}-{config.method}-{config.model}-f{config.fold}-s{config.seed}")
+
+
+def open_folder(folder, config, federation, device):
+    """Make the run's folder and its config.json. Raises RunError rather than touch the results of another run."""
+    record = {
+        "config": asdict(config),
+        "data": {"source": federation.source, "notes": federation.notes, "images": count_images(federation)},
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "versions": {"fedgs": __version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+    }
+    path = folder / "config.json"
+    if config.resume and path.exists():
+        changed = compare_records(path, json.loads(to_json(record)))
+        if changed:
+            raise RunError(f"{folder} holds a run of another configuration ({', '.join(changed)}): choose another --out")
+    elif folder.exists() and any(item != path for item in folder.iterdir()):
+        raise RunError(f"{folder} is not empty: continue its run with --resume, or choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write(path, to_json(record))
+
+
+def compare_records(path, record):
+    """What keeps the run in path from going on as this one: ["lr 0.001, now 0.01", …]. Raises RunError for a damaged file."""
+    try:
+        earlier = json.loads(path.read_text())
+        pairs = {name: (earlier["config"][name], value) for name, value in record["config"].items() if name not in FREE_ON_RESUME}
+        pairs |= {name: (earlier["data"][name], value) for name, value in record["data"].items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({error!r}): choose another --out") from error
+    return [f"{name} {old}, now {new}" for name, (old, new) in pairs.items() if old != new]
+
+
+def count_images(federation):
+    """{client: "train + validation + test"} and the held-out centre's number, for the header and config.json."""
+    parts = federation.train, federation.validation, federation.in_test
+    counts = {f"C{k}": " + ".join(str(len(part[k])) for part in parts) for k in federation.train}
+    return {**counts, f"C{federation.out_test.centre} (held out)": str(len(federation.out_test))}
+
+
+def save_progress(folder, weights, server, history, best, validation):
+    """Write a round's checkpoints. resume.pt comes after them: until it is there, --resume repeats the round."""
+    for name, measure in (("best", "dice"), ("best_small", "dice_s" if validation["dice_s"]["n"] else "dice")):
+        if validation[measure]["mean"] > best.get(name, {"score": -1.0})["score"]:
+            best[name] = {"round": len(history), "score": validation[measure]["mean"]}
+            write(folder / f"{name}.pt", weights)
+    write(folder / "last.pt", weights)
+    write(folder / "resume.pt", {"state": server.state, "velocity": server.velocity, "history": history, "best": best})
+    write_csv(folder / "rounds.csv", history)
+
+
+def load_progress(folder, server, config):
+    """Take up a run where resume.pt left it; from the start where it is not there yet. -> history, best"""
+    path = folder / "resume.pt"
+    if not path.exists():
+        return [], {}
+    saved = read_checkpoint(path)
+    if not isinstance(saved, dict) or set(saved) != {"state", "velocity", "history", "best"}:
+        raise RunError(f"{path} is not the state of a run")
+    if [x.shape for x in saved["state"]] != [x.shape for x in server.state]:
+        raise RunError(f"{path} is of another network than {config.model} of width {config.width}")
+    if len(saved["history"]) > config.rounds:
+        raise RunError(f"--rounds {config.rounds}: the run in {folder} has {len(saved['history'])} rounds already")
+    device = server.velocity.device
+    server.state, server.velocity = tuple(x.to(device) for x in saved["state"]), saved["velocity"].to(device)
+    return saved["history"], saved["best"]
+
+
+def checkpoint(network, config, source):
+    """The network's state dict with its tensors copied, for `load_state_dict(torch.load(path, weights_only=True))`.
+
+    Configuration, data source and version travel in the attribute `_metadata` that torch gives its state dicts.
+    """
+    state = network.state_dict()
+    for name, tensor in state.items():
+        state[name] = tensor.to("cpu", copy=True)
+    state._metadata["fedgs"] = {"version": __version__, "data": source, "config": asdict(config)}
+    return state
+
+
+def read_checkpoint(path):
+    """torch.load of tensors and plain values only. Raises RunError for a missing or damaged file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0] or "it is empty"
+        raise RunError(f"{path} is damaged, or no checkpoint: {reason}") from error
+
+
+def load_weights(network, path):
+    """Load a checkpoint into a network. Raises RunError for a damaged file or the weights of another network."""
+    try:
+        network.load_state_dict(read_checkpoint(path))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} does not fit this network: {str(error).splitlines()[-1].strip()}") from error
+
+
+def write(path, content):
+    """Write a file whole or not at all: text, a figure as PNG, or what torch.save takes."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        if isinstance(content, str):
+            file.write(content.encode())
+        elif hasattr(content, "savefig"):
+            content.savefig(file, format="png", dpi=130)
+        else:
+            torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_csv(path, rows):
+    """Write dictionaries with equal keys as a CSV file with a header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, text.getvalue())
+
+
+def to_json(value):
+    """JSON text; NaN, which JSON has no word for, becomes null."""
+
+    def plain(x):
+        if isinstance(x, dict):
+            return {key: plain(item) for key, item in x.items()}
+        return None if isinstance(x, float) and math.isnan(x) else x
+
+    return json.dumps(plain(value), indent=2) + "\n"
+
+
+# ------------------------------------------------------------------------------------------ command line
+
+
+def find_data(config):
+    """The folder of the data set, or None for the stand-in. Raises RunError where a folder was given that holds none."""
+    root = Path(config.data_root or f"datasets/{config.dataset}")
+    if config.data_root == "stand-in":
+        return None
+    if config.data_root and not data.find_polypgen(root):
+        raise RunError(f"--data-root {root}: " + ("holds no folder data_C1 to data_C6" if root.is_dir() else "there is no such folder"))
+    return root if data.find_polypgen(root) else None
+
+
+def configure(given):
+    """Options given by name -> Config with the preset's values for the others, and the reason for the preset."""
+    preset, why = given.get("preset", "auto"), "as asked"
+    if preset == "auto":
+        real, gpu = find_data(Config(**given)) is not None, given.get("device") != "cpu" and torch.cuda.is_available()
+        preset = "paper" if real and gpu else "quick"
+        why = f"{'real' if real else 'no real'} data and {'a' if gpu else 'no'} GPU"
+    return Config(**{**PRESETS[preset], **given, "preset": preset}), why
+
+
+def header(config, why, root, federation, flat, device, folder):
+    """What was chosen, why, and how to change it."""
+    where = f"in {root}" if root else (f"procedural images, not PolypGen (for PolypGen put data_C1 to data_C6 into datasets/{config.dataset} "
+                                       "or name their folder with --data-root)")
+    lines = {
+        "method": f"{config.method} with {config.model}, {flat.parameters.numel():,} parameters (width {config.width})",
+        "data": "; ".join([f"{federation.source}, {where}", *federation.notes]),
+        "images": ", ".join(f"{k} {n}" for k, n in count_images(federation).items()) + " (training + validation + test)",
+        "preset": f"{config.preset} ({why}); choose with --preset paper or quick, any option given overrides it",
+        "training": f"{config.rounds} rounds x {config.local_epochs} epochs, batch {config.batch_size}, {config.image_size}x{config.image_size}, "
+                    f"lr {config.lr:g}, server lr {config.server_lr:g}, seed {config.seed}, on {device}",
+        "folder": str(folder),
+    }
+    return "\n".join(f"{name:<9}{text}" for name, text in lines.items())
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for an error, like every other error here."""
+
+    def error(self, message):
+        self.exit(2, f"fedgs.py: error: {message} (--help lists the options)\n")
+
+
+def parse(arguments=None):
+    """Command line -> {name: value} of the options given."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+                    allow_abbrev=False)
+    for f in fields(Config):
+        how = dict(f.metadata)
+        if isinstance(f.default, bool):
+            how["action"] = "store_true"
+        else:
+            how.setdefault("type", type(f.default))
+            values = ", ".join(f"{name} {preset.get(f.name, f.default)}" for name, preset in PRESETS.items()) \
+                if any(f.name in preset for preset in PRESETS.values()) else f.default
+            how["help"] += f" ({values})" if values else ""
+        parser.add_argument(f"--{f.name.replace('_', '-')}", **how)
+    return vars(parser.parse_args(arguments))
+
+
+def main(arguments=None):
+    """The command line. -> exit code: 0, 2 for an error (one line on stderr), 130 when interrupted"""
+    try:
+        run(*configure(parse(arguments)))
+    except (RunError, data.DataError, OSError) as error:
+        print(f"fedgs.py: error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("fedgs.py: error: out of GPU memory: choose a smaller --batch-size, --image-size or --width", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nfedgs.py: interrupted; the same command with --resume goes on after the last complete round", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

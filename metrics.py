@@ -1,0 +1,148 @@
+"""What is minimised and what is measured: the loss, Dice by lesion size, tables and pictures of a run.
+
+Every measure is a sum and a count, so that adding the tallies of clients gives exactly the mean over all
+their images, without an image (or a score of one) leaving its client.
+"""
+
+import math
+
+import torch
+
+MEASURES = {  # name in files -> heading in tables; the paper's Dice_S and Dice_L first
+    "dice_s": "Dice_S",  # images with a small lesion
+    "dice_l": "Dice_L",  # images with a lesion that is not small
+    "dice_n": "Dice_N",  # all images with a lesion
+    "dice": "Dice",  # all images
+    "false_positive": "FP rate",  # images without a lesion in which one was predicted
+}
+
+
+# ---------------------------------------------------------------------------------------------- loss
+
+
+def soft_dice_loss(logits, masks):
+    """Soft Dice of a whole batch at once: 1 - (2 sum(p y) + 0.1) / (sum(p) + sum(y) + 0.1).
+
+    logits (B, 2, H, W); masks (B, 1, H, W), 1 where there is lesion; p is the probability of lesion.
+    -> 0-dim tensor. One sum over the batch means that large lesions dominate the gradient.
+    """
+    p = logits.softmax(dim=1)[:, 1:]
+    y = masks.to(p.dtype)
+    return 1 - (2 * (p * y).sum() + 0.1) / (p.sum() + y.sum() + 0.1)
+
+
+# ------------------------------------------------------------------------------------------ measures
+
+
+def dice_per_image(predicted, truth):
+    """2 TP / (2 TP + FP + FN) of each image; 1 where both are empty, 0 where only one is.
+
+    predicted, truth: (B, 1, H, W) bool -> (B,) float64
+    """
+    overlap = (predicted & truth).flatten(1).sum(1).double()
+    total = (predicted.flatten(1).sum(1) + truth.flatten(1).sum(1)).double()  # = 2 TP + FP + FN
+    return torch.where(total > 0, 2 * overlap / total.clamp(min=1), 1.0)
+
+
+def tally(dice, lesion, small, predicted):
+    """Sums and counts of the five measures: (5, 2) float64, in the order of MEASURES. Tallies add up.
+
+    dice (N,) float64; lesion, small, predicted (N,) bool: the truth has a lesion, the lesion is small,
+    the prediction is not empty. An image without a lesion is never small.
+    """
+    small = small & lesion
+    everything = torch.ones_like(lesion)
+    rows = [(dice, small), (dice, lesion & ~small), (dice, lesion), (dice, everything), (predicted.double(), ~lesion)]
+    return torch.stack([torch.stack([value[kind].sum(), kind.sum().double()]) for value, kind in rows]).cpu()
+
+
+def means(sums):
+    """A (5, 2) tally -> {measure: {"mean": float, "n": int}}; NaN with n = 0 where there is nothing to average."""
+    return {
+        name: {"mean": total / n if n else math.nan, "n": int(n)}
+        for name, (total, n) in zip(MEASURES, sums.tolist(), strict=True)
+    }
+
+
+# ---------------------------------------------------------------------------------------------- table
+
+
+def table(results):
+    """The final table as text: one row for each checkpoint and test split, each cell a mean and its count.
+
+    results: {checkpoint: {"round": int, "in_test": means, "out_test": means}}
+    """
+    lines = [f"{'checkpoint':<19}{'test':<10}" + "".join(f"{heading:>15}" for heading in MEASURES.values())]
+    for checkpoint, result in results.items():
+        for split in ("in_test", "out_test"):
+            label = f"{checkpoint} (round {result['round']})" if split == "in_test" else ""
+            cells = "".join(f"{cell(result[split][name]):>15}" for name in MEASURES)
+            lines.append(f"{label:<19}{split.replace('_', '-'):<10}{cells}")
+    return "\n".join(lines)
+
+
+def cell(score):
+    """{"mean", "n"} -> "0.812 (n=9)", or a dash where there was nothing to average."""
+    return f"{score['mean']:.3f} (n={score['n']})" if score["n"] else "– (n=0)"
+
+
+# -------------------------------------------------------------------------------------------- pictures
+
+BLUE, ORANGE, GREEN, PURPLE, RED, SKY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY)  # Okabe and Ito's palette: distinct to colour-blind readers
+
+
+def new_figure(title, rows, columns, size):
+    """A figure and its axes as a (rows, columns) array, without pyplot's global state."""
+    from matplotlib.figure import Figure  # imported here: it is slow, and training does not need it
+
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def draw_curves(history, title):
+    """A run over its rounds: each client's loss, validation Dice by lesion size, the step scale. -> Figure
+
+    history: the rows of rounds.csv, as dictionaries.
+    """
+    figure, [[losses, dice, scale]] = new_figure(title, 1, 3, (13, 3.8))
+    rounds = [row["round"] for row in history]
+    for name, colour in zip([key for key in history[0] if key.startswith("loss_")], COLOURS * 9):
+        losses.plot(rounds, [row[name] for row in history], ".-", color=colour, label=name.removeprefix("loss_"))
+    for name, colour in (("dice_l", BLUE), ("dice", "0.4"), ("dice_s", RED)):
+        dice.plot(rounds, [row[name] for row in history], ".-", color=colour, label=MEASURES[name])
+    scale.plot(rounds, [row["eta"] for row in history], ".-", color=GREEN, label="mean step scale η")
+    scale.plot(rounds, [1 + row["scaled_steps"] for row in history], ":", color="0.4", label="1 + share of scaled steps")
+    losses.set(title="training loss by client", xlabel="round", ylabel="soft Dice loss")
+    dice.set(title="validation, all clients", xlabel="round", ylabel="mean Dice", ylim=(0, 1))
+    scale.set(title="step scale", xlabel="round", ylabel="η (1 = unscaled)")
+    for axes in (losses, dice, scale):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def draw_predictions(rows, title):
+    """Test images with the outlines of truth and prediction, one row of pictures for each kind of lesion. -> Figure
+
+    rows: {heading: [(image (H, W, 3) in [0, 1], truth (H, W) bool, prediction (H, W) bool, caption), ...]}
+    """
+    from matplotlib.lines import Line2D
+
+    columns = max(map(len, rows.values()))
+    figure, grid = new_figure(title, len(rows), columns, (2.6 * columns, 3.0 * len(rows) + 0.6))
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for line, (heading, pictures) in zip(grid, rows.items(), strict=True):
+        for axes, (image, truth, prediction, caption) in zip(line, pictures):
+            axes.imshow(image)
+            for mask, colour, style in ((truth, "white", "solid"), (prediction, SKY, "dashed")):
+                if mask.any():
+                    axes.contour(mask, [0.5], colors="black", linewidths=2.6, alpha=0.6)  # a rim that keeps the line visible
+                    axes.contour(mask, [0.5], colors=colour, linewidths=1.4, linestyles=style)
+            axes.set_title(f"{heading}\n{caption}", fontsize=7)
+    key = [Line2D([], [], color="0.75", label="truth"), Line2D([], [], color=SKY, ls="--", label="prediction")]
+    figure.legend(handles=key, loc="outside lower center", ncols=2, fontsize=8, facecolor="0.4", labelcolor="white")
+    return figure

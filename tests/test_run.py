@@ -1,0 +1,265 @@
+"""Whole runs through the command line: the folder, repeatability, resume, and errors people can read."""
+
+import csv
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+import fedgs
+from conftest import ROOT
+from models import UTNet
+
+TINY = ["--data-root", "stand-in", "--centres", "4", "5", "6", "--image-size", "32", "--width", "2", "--batch-size", "8",
+        "--local-epochs", "1", "--lr", "1e-3", "--rounds", "3"]
+
+
+def run(out, *options):
+    """Run the tiny federation in a folder; options override. -> exit code"""
+    try:
+        return fedgs.main([*TINY, "--out", str(out), *map(str, options)])
+    except SystemExit as stop:  # how argparse ends
+        return stop.code
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_time(path):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows(path)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert run(folder) == 0
+    return folder
+
+
+# ----------------------------------------------------------------------------------------- the run's folder
+
+
+def test_folder_is_complete(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        "config.json", "rounds.csv", "scores.csv", "results.json", "last.pt", "best.pt", "best_small.pt", "resume.pt",
+        "curves.png", "predictions.png"}
+
+
+def test_rounds(finished):
+    history = rows(finished / "rounds.csv")
+    assert [row["round"] for row in history] == ["1", "2", "3"]
+    for row in history:
+        assert {"loss_C4", "loss_C5", "eta", "scaled_steps", "dice", "dice_s", "dice_l", "seconds", "data"} < set(row)
+        assert 0 < float(row["loss_C4"]) < 1 and 1 < float(row["eta"]) < 3 and 0 < float(row["scaled_steps"]) <= 1
+
+
+def test_scores_are_the_table(finished):
+    """The means of results.json, once more from the rows of scores.csv."""
+    scores, results = rows(finished / "scores.csv"), json.loads((finished / "results.json").read_text())
+    for name in ("best", "best_small"):
+        for split in ("in_test", "out_test"):
+            chosen = [row for row in scores if (row["checkpoint"], row["split"]) == (name, split)]
+            kinds = {"dice": chosen, "dice_n": [r for r in chosen if r["inverse_area"] != "inf"],
+                     "dice_s": [r for r in chosen if r["small"] == "1"],
+                     "dice_l": [r for r in chosen if r["inverse_area"] != "inf" and r["small"] == "0"]}
+            for measure, kind in kinds.items():
+                expected = results["checkpoints"][name][split][measure]
+                assert expected["n"] == len(kind)
+                if kind:
+                    assert math.fsum(float(row["dice"]) for row in kind) / len(kind) == pytest.approx(expected["mean"], rel=1e-12)
+    assert {row["centre"] for row in scores if row["split"] == "out_test"} == {"6"}
+    assert {row["centre"] for row in scores if row["split"] == "in_test"} == {"4", "5"}
+
+
+def test_stand_in_is_named_everywhere(finished):
+    for name in ("config.json", "results.json"):
+        assert "stand-in" in (finished / name).read_text()
+    for name in ("rounds.csv", "scores.csv"):
+        assert all(row["data"] == "PolypGen stand-in" for row in rows(finished / name))
+
+
+@pytest.mark.parametrize("name", ["last", "best", "best_small"])
+def test_checkpoints_are_plain_state_dicts(finished, name):
+    state = torch.load(finished / f"{name}.pt", weights_only=True)
+    UTNet(width=2).load_state_dict(state, strict=True)
+    assert state._metadata["fedgs"]["config"]["width"] == 2
+
+
+def test_pictures_are_pictures(finished):
+    for name in ("curves.png", "predictions.png"):
+        with Image.open(finished / name) as image:
+            assert min(image.size) > 300 and len(image.convert("RGB").getcolors(1 << 24)) > 100
+
+
+def test_same_seed_same_rounds(finished, tmp_path):
+    assert run(tmp_path / "again") == 0
+    assert without_time(tmp_path / "again" / "rounds.csv") == without_time(finished / "rounds.csv")
+    assert run(tmp_path / "other", "--seed", 1, "--rounds", 1) == 0
+    assert without_time(tmp_path / "other" / "rounds.csv") != without_time(finished / "rounds.csv")[:1]
+
+
+def test_fedavg_takes_unscaled_steps(tmp_path, capsys):
+    assert run(tmp_path, "--method", "fedavg", "--rounds", 1) == 0
+    assert [(row["eta"], row["scaled_steps"]) for row in rows(tmp_path / "rounds.csv")] == [("1.0", "0.0")]
+    assert "Dice_S" in capsys.readouterr().out
+
+
+def test_options_override_the_preset():
+    config, why = fedgs.configure({"preset": "quick", "rounds": 2, "data_root": "stand-in"})
+    assert config.rounds == 2 and config.width == fedgs.PRESETS["quick"]["width"] and why == "as asked"
+    config, _ = fedgs.configure({"preset": "paper"})
+    assert (config.rounds, config.local_epochs, config.image_size, config.width, config.lr) == (100, 5, 512, 32, 1e-4)
+    assert fedgs.configure({"device": "cpu"})[0].preset == "quick"
+
+
+# ------------------------------------------------------------------------------------------------ resume
+
+
+def same_end(folder, finished):
+    states = [torch.load(f / "last.pt", weights_only=True) for f in (folder, finished)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+    assert without_time(folder / "rounds.csv") == without_time(finished / "rounds.csv")
+    assert (folder / "scores.csv").read_text() == (finished / "scores.csv").read_text()
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2, 3, 4, 6, 8, 11, 14])
+def test_stopped_before_any_write_and_resumed(finished, tmp_path, monkeypatch, writes):
+    """Stopped short of its next file, at moments through the run, a resumed run ends as one that was not."""
+    whole, count = fedgs.write, 0
+
+    def failing(path, content):
+        nonlocal count
+        if count == writes:
+            raise KeyboardInterrupt
+        count += 1
+        whole(path, content)
+
+    monkeypatch.setattr(fedgs, "write", failing)
+    assert run(tmp_path) == 130
+    monkeypatch.setattr(fedgs, "write", whole)
+    assert run(tmp_path, "--resume") == 0
+    same_end(tmp_path, finished)
+
+
+def test_killed_and_resumed(finished, tmp_path):
+    command = [sys.executable, str(ROOT / "fedgs.py"), *TINY, "--out", str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # threads decide the last bits
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "run" / "resume.pt").exists() and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(random.uniform(0, 0.5))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert run(tmp_path / "run", "--resume") == 0
+    same_end(tmp_path / "run", finished)
+
+
+def test_more_rounds_with_resume(finished, tmp_path):
+    assert run(tmp_path, "--rounds", 1) == 0
+    assert run(tmp_path, "--resume") == 0
+    same_end(tmp_path, finished)
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+def refused(capsys, code, *words):
+    """Exit code 2, one line on stderr, no traceback, and these words in it."""
+    error = capsys.readouterr().err.strip()
+    assert code == 2 and error.startswith("fedgs.py: error: ") and "\n" not in error
+    for word in words:
+        assert word in error, error
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--method", "fedprox"], ["--method", "fedprox", "fedavg"]),
+    (["--no-such-option", "1"], ["--no-such-option"]),
+    (["--rounds", "many"], ["--rounds", "many"]),
+    (["--rounds", "0"], ["--rounds 0"]),
+    (["--image-size", "100"], ["--image-size 100", "multiple of 16"]),
+    (["--fold", "6"], ["--fold", "6"]),
+    (["--lr", "-1"], ["--lr -1"]),
+    (["--lr", "nan"], ["--lr nan"]),
+    (["--log-base", "1"], ["--log-base"]),
+    (["--server-momentum", "1"], ["--server-momentum"]),
+    (["--centres", "1", "9"], ["--centres", "9"]),
+    (["--centres", "6"], ["--centres", "no client"]),
+    (["--out-centre", "3"], ["--out-centre 3"]),
+    (["--batch-size", "80"], ["centre 4", "--batch-size 80"]),
+    (["--data-root", "no/such/folder"], ["--data-root no/such/folder", "no such folder"]),
+    (["--data-root", "."], ["--data-root", "data_C1"]),
+])
+def test_bad_options(tmp_path, capsys, options, words):
+    refused(capsys, run(tmp_path / "run", *options), *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(tmp_path, capsys):
+    refused(capsys, run(tmp_path / "run", "--device", "cuda"), "--device cuda", "no GPU")
+
+
+def test_bad_data_folder(tmp_path, capsys):
+    folder = tmp_path / "data_C4" / "images_C4"
+    folder.mkdir(parents=True)
+    (folder / "a.jpg").write_bytes(b"")
+    refused(capsys, run(tmp_path / "run", "--data-root", tmp_path), "a.jpg has no mask")
+
+
+def test_results_of_another_run_are_left_alone(finished, capsys):
+    before = {path: path.read_bytes() for path in finished.iterdir()}
+    refused(capsys, run(finished), "not empty", "--resume")
+    refused(capsys, run(finished, "--resume", "--lr", 0.5), "another configuration", "lr 0.001, now 0.5")
+    refused(capsys, run(finished, "--resume", "--width", 4), "width 2, now 4")
+    refused(capsys, run(finished, "--resume", "--rounds", 2), "--rounds 2", "3 rounds already")
+    assert {path: path.read_bytes() for path in finished.iterdir() if path.name != "config.json"} \
+        == {path: content for path, content in before.items() if path.name != "config.json"}
+
+
+def test_checkpoint_of_another_model(finished, tmp_path, capsys):
+    assert run(tmp_path / "small", "--rounds", 1) == 0
+    assert run(tmp_path / "wide", "--rounds", 1, "--width", 4) == 0
+    capsys.readouterr()
+    (tmp_path / "small" / "resume.pt").write_bytes((tmp_path / "wide" / "resume.pt").read_bytes())
+    refused(capsys, run(tmp_path / "small", "--resume"), "resume.pt", "another network", "width 2")
+    (tmp_path / "small" / "resume.pt").write_bytes((finished / "resume.pt").read_bytes())
+    (tmp_path / "small" / "best.pt").write_bytes((tmp_path / "wide" / "best.pt").read_bytes())
+    refused(capsys, run(tmp_path / "small", "--resume"), "best.pt", "does not fit")
+
+
+@pytest.mark.parametrize("name", ["resume.pt", "config.json"])
+@pytest.mark.parametrize("damage", [lambda x: x[: len(x) // 2], lambda x: b"", lambda x: b"{}"])
+def test_damaged_files(tmp_path, finished, capsys, name, damage):
+    for path in finished.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / name).write_bytes(damage((finished / name).read_bytes()))
+    refused(capsys, run(tmp_path, "--resume"), name)
+
+
+def test_unwritable_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    refused(capsys, run(tmp_path / "file" / "run"), "file")
+
+
+def test_a_client_that_diverges(finished, tmp_path, capsys):
+    assert run(tmp_path, "--rounds", 1) == 0
+    kept = {path: path.read_bytes() for path in tmp_path.glob("*.pt")}
+    capsys.readouterr()
+    real = fedgs.metrics.soft_dice_loss
+    try:
+        fedgs.metrics.soft_dice_loss = lambda logits, masks: real(logits, masks) * math.inf
+        refused(capsys, run(tmp_path, "--resume", "--rounds", 2), "round 2", "C4, C5", "not finite")
+    finally:
+        fedgs.metrics.soft_dice_loss = real
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.pt")} == kept
