@@ -111,12 +111,14 @@ def read_polypgen(root, centres, size, tau):
     with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes outside the interpreter lock
         jobs = pool.map(lambda pair: read_pair(pair[1], pair[2], size, tau), pairs)
         decoded = list(tqdm(jobs, total=len(pairs), desc="reading PolypGen", unit="image", leave=False, disable=None))
-    published = read_size_flags(root, centres) if tau == POLYPGEN_TAU else {}
-    loaded = []
+    loaded, flagged = [], 0
     for centre in centres:
-        chosen = [(image.name, *rest) for (c, image, _), rest in zip(pairs, decoded, strict=True) if c == centre]
-        loaded.append(collect(centre, *zip(*((n, i, m, a, published.get(n, s)) for n, i, m, a, s in chosen))))
-    flagged = sum(image.name in published for _, image, _ in pairs)
+        published = read_size_flags(root, centre) if tau == POLYPGEN_TAU else {}
+        names, rows = zip(*((image.name, row) for (c, image, _), row in zip(pairs, decoded, strict=True) if c == centre))
+        pixels, masks, inverse_areas, by_rule = zip(*rows)
+        small = [published.get(name, flag) for name, flag in zip(names, by_rule)]
+        flagged += sum(name in published for name in names)
+        loaded.append(collect(centre, [Path(name).stem for name in names], pixels, masks, inverse_areas, small))
     return loaded, [f"size flags: {flagged} of {len(pairs)} published, the others by rule" if flagged else "size flags by rule"]
 
 
@@ -156,25 +158,24 @@ def open_image(path, mode):
         raise DataError(f"cannot read {path}: {error}") from error
 
 
-def read_size_flags(root, centres):
-    """The published size flags beside the data, {image file name: small}; empty where there are none."""
-    flags = {}
-    for path in (root / "metadata" / f"my_dataDetails_C{centre}.csv" for centre in centres):
-        if path.exists():
-            with path.open(newline="") as file:
-                try:
-                    flags |= {Path(row["img_name"]).name: {"True": True, "False": False}[row["small_polyp"]]
-                              for row in csv.DictReader(file)}
-                except KeyError as error:
-                    raise DataError(f"{path}: needs columns img_name and small_polyp (True or False), found {error}") from error
-    return flags
+def read_size_flags(root, centre):
+    """A centre's published size flags beside the data, {image file name: small}; empty where there are none."""
+    path = root / "metadata" / f"my_dataDetails_C{centre}.csv"
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        try:
+            truth = {"True": True, "False": False}
+            return {Path(row["img_name"]).name: truth[row["small_polyp"]] for row in csv.DictReader(file)}
+        except KeyError as error:
+            raise DataError(f"{path}: needs columns img_name and small_polyp (True or False), found {error}") from error
 
 
 def collect(centre, names, images, masks, inverse_areas, small):
     """Lists of one centre's decoded images -> Images."""
     return Images(
         centre,
-        [Path(name).stem for name in names],
+        names,
         torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
         torch.from_numpy(np.stack(masks)[:, None].astype(np.uint8)),
         torch.tensor(inverse_areas, dtype=torch.float64),
@@ -328,12 +329,12 @@ PUBLISHED = {
 # of highlights, and the bounds of the view: on max(|x|, |y|), on |x| + |y| (cuts the corners, as in an
 # octagon) and on the distance from the middle (rounds them).
 CAMERAS = {
-    1: ((1.08, 1.00, 0.96), 1.00, 0.20, 0.012, 0.000, 10, (0.96, 1.50, 2.00)),
-    2: ((1.06, 0.96, 0.86), 1.15, 0.35, 0.020, 0.004, 6, (1.00, 2.00, 1.16)),
-    3: ((1.10, 1.10, 1.12), 0.85, 0.10, 0.008, 0.000, 16, (1.00, 1.70, 2.00)),
-    4: ((1.00, 0.98, 1.08), 1.10, 0.25, 0.025, 0.005, 8, (1.00, 2.00, 2.00)),
-    5: ((1.12, 0.92, 0.88), 1.00, 0.45, 0.015, 0.003, 12, (0.92, 2.00, 1.10)),
-    6: ((0.94, 1.00, 0.93), 1.20, 0.30, 0.030, 0.006, 5, (0.90, 1.35, 2.00)),
+    1: ((1.05, 1.00, 0.97), 1.00, 0.20, 0.012, 0.000, 10, (0.96, 1.50, 2.00)),
+    2: ((1.03, 0.98, 0.93), 1.08, 0.30, 0.020, 0.004, 6, (1.00, 2.00, 1.16)),
+    3: ((1.04, 1.04, 1.05), 0.93, 0.15, 0.008, 0.000, 16, (1.00, 1.70, 2.00)),
+    4: ((1.00, 0.98, 1.04), 1.05, 0.25, 0.025, 0.005, 8, (1.00, 2.00, 2.00)),
+    5: ((1.06, 0.96, 0.94), 1.00, 0.35, 0.015, 0.003, 12, (0.92, 2.00, 1.10)),
+    6: ((0.97, 1.00, 0.97), 1.10, 0.30, 0.030, 0.006, 5, (0.90, 1.35, 2.00)),
 }
 
 
@@ -443,8 +444,8 @@ def outline(x, y, rng):
 def add_polyp(relief, colour, reach, radius, rng):
     """Cover the wall with a tinted dome whose outline is at `reach` 1 -> relief, colour."""
     # How well it stands out does not depend on its size: a small polyp is hard only for being small.
-    visible = rng.uniform(0.1, 0.8)
-    tint = np.array([[0.06, -0.18, -0.02], [0.08, 0.09, 0.19]], np.float32)[rng.integers(2)]
+    visible = rng.uniform(0.5, 1)
+    tint = np.array([[0.40, 0.16, 0.32], [0.42, 0.43, 0.53]], np.float32)[rng.integers(2)]  # pink or pale
     skin = colour.mean(axis=(1, 2)) + visible * tint
     cover = 0.9 * np.clip((1.06 - reach) / 0.12, 0, 1)
     shadow = rng.uniform(0, 0.4) * visible * np.exp(-(((reach - 1.1) / 0.15) ** 2))

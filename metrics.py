@@ -112,11 +112,11 @@ def draw_curves(history, title):
         losses.plot(rounds, [row[name] for row in history], ".-", color=colour, label=name.removeprefix("loss_"))
     for name, colour in (("dice_l", BLUE), ("dice", "0.4"), ("dice_s", RED)):
         dice.plot(rounds, [row[name] for row in history], ".-", color=colour, label=MEASURES[name])
-    scale.plot(rounds, [row["eta"] for row in history], ".-", color=GREEN, label="mean step scale η")
-    scale.plot(rounds, [1 + row["scaled_steps"] for row in history], ":", color="0.4", label="1 + share of scaled steps")
+    scale.plot(rounds, [row["eta"] - 1 for row in history], ".-", color=GREEN, label="mean of η - 1")
+    scale.plot(rounds, [row["scaled_steps"] for row in history], ".:", color="0.4", label="share of steps with η > 1")
     losses.set(title="training loss by client", xlabel="round", ylabel="soft Dice loss")
     dice.set(title="validation, all clients", xlabel="round", ylabel="mean Dice", ylim=(0, 1))
-    scale.set(title="step scale", xlabel="round", ylabel="η (1 = unscaled)")
+    scale.set(title="step scale η, all clients", xlabel="round", ylabel="0 = nothing was scaled", ylim=(0, None))
     for axes in (losses, dice, scale):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -132,7 +132,7 @@ def draw_predictions(rows, title):
     from matplotlib.lines import Line2D
 
     columns = max(map(len, rows.values()))
-    figure, grid = new_figure(title, len(rows), columns, (2.6 * columns, 3.0 * len(rows) + 0.6))
+    figure, grid = new_figure(title, len(rows), columns, (2.6 * columns, 2.95 * len(rows) + 0.7))
     for axes in grid.flat:
         axes.set_axis_off()
     for line, (heading, pictures) in zip(grid, rows.items(), strict=True):
@@ -142,7 +142,7 @@ def draw_predictions(rows, title):
                 if mask.any():
                     axes.contour(mask, [0.5], colors="black", linewidths=2.6, alpha=0.6)  # a rim that keeps the line visible
                     axes.contour(mask, [0.5], colors=colour, linewidths=1.4, linestyles=style)
-            axes.set_title(f"{heading}\n{caption}", fontsize=7)
+            axes.set_title(f"{heading}: {caption}", fontsize=7)
     key = [Line2D([], [], color="0.75", label="truth"), Line2D([], [], color=SKY, ls="--", label="prediction")]
     figure.legend(handles=key, loc="outside lower center", ncols=2, fontsize=8, facecolor="0.4", labelcolor="white")
     return figure
