@@ -100,9 +100,16 @@ def polypgen(root, centres=POLYPGEN_CENTRES, out_centre=6, size=512, tau=POLYPGE
 # ------------------------------------------------------------------------------------ PolypGen on disk
 
 
-def find_polypgen(root):
-    """Whether root holds any centre of PolypGen."""
-    return any((Path(root) / f"data_C{k}").is_dir() for k in POLYPGEN_CENTRES)
+def find_polypgen(root=""):
+    """The folder of PolypGen, or None for the stand-in: root "stand-in", or no root and nothing in datasets/polypgen.
+
+    Raises DataError where a folder was given that does not hold PolypGen.
+    """
+    folder = Path(root or "datasets/polypgen")
+    found = root != "stand-in" and any((folder / f"data_C{k}").is_dir() for k in POLYPGEN_CENTRES)
+    if root and root != "stand-in" and not found:
+        raise DataError(f"--data-root {root}: " + ("holds no folder data_C1 to data_C6" if folder.is_dir() else "there is no such folder"))
+    return folder if found else None
 
 
 def read_polypgen(root, centres, size, tau):
@@ -119,7 +126,7 @@ def read_polypgen(root, centres, size, tau):
         small = [published.get(name, flag) for name, flag in zip(names, by_rule)]
         flagged += sum(name in published for name in names)
         loaded.append(collect(centre, [Path(name).stem for name in names], pixels, masks, inverse_areas, small))
-    return loaded, [f"size flags: {flagged} of {len(pairs)} published, the others by rule" if flagged else "size flags by rule"]
+    return loaded, [f"published size flags for {flagged} of {len(pairs)} images" if flagged else "size flags by rule"]
 
 
 def list_pairs(root, centre):
@@ -286,7 +293,8 @@ def jitter_colours(images, draws):
 
 def grey(images):
     """Luma of RGB images: (B, 3, H, W) -> (B, 1, H, W)."""
-    return (images * images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    red, green, blue = images.split(1, dim=1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def shift_hue(images, turns):
@@ -303,8 +311,8 @@ def shift_hue(images, turns):
 
 def normalise(images):
     """RGB in [0, 1] (B, 3, H, W) -> ImageNet's mean 0 and standard deviation 1."""
-    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images - mean) / std
+    channels = zip(images.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True)  # numbers, not tensors: those would be copied
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)  # to the device at every step
 
 
 # ------------------------------------------------------------------------------------------ the stand-in

@@ -123,7 +123,7 @@ def require(condition, name, config, rule):
 
 
 def mask_difficulty(masks, small, log_base):
-    """Lesion areas, difficulties and the step scale of a batch (paper, Eq. 1 to 3).
+    """Lesion areas, difficulties and the step scale of a batch.
 
     masks (B, 1, H, W) or (B, H, W), nonzero = lesion; small (B,) bool. -> area (B,) int64, in pixels;
     delta (B,) float32 in [0, 1): tanh(log_l(1/a)^2) of small images, else 0 (also where a rotation moved
@@ -137,7 +137,7 @@ def mask_difficulty(masks, small, log_base):
 
 
 def adamw_accumulate_(theta, grad, m, v, step, lr, delta=None, eta=None, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
-    """One AdamW step on flat vectors, in place; with delta and eta also delta += eta s (paper, Eq. 4).
+    """One AdamW step on flat vectors, in place; with delta and eta also delta += eta s.
 
     theta, grad, m, v, delta: (P,) float32; step counts from 1; eta is a 0-dim tensor on the same device.
     s = lr m_hat / (sqrt(v_hat) + eps) comes after the decoupled weight decay, which is no part of delta.
@@ -153,7 +153,7 @@ def adamw_accumulate_(theta, grad, m, v, step, lr, delta=None, eta=None, betas=(
 
 
 def aggregate(theta, updates, weights, server_lr=1.0):
-    """theta - server_lr sum_k w_k Delta_k, summed in client order (paper, Eq. 5).
+    """theta - server_lr sum_k w_k Delta_k, summed in client order.
 
     theta (P,); updates: K vectors (P,); weights: K numbers that sum to 1.
     -> new theta (P,), squared norm of each update (K,) float64, whether each update is finite (K,) bool
@@ -320,7 +320,7 @@ def run(config, why="as given"):
     check(config)
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = True  # repeatable on the same kind of device
-    root, folder = find_data(config), run_folder(config)
+    root, folder = data.find_polypgen(config.data_root), run_folder(config)
     federation = data.polypgen(root, config.centres, config.out_centre, config.image_size, config.tau, config.split, config.fold)
     for centre, images in federation.train.items():
         if len(images) < config.batch_size:
@@ -415,8 +415,8 @@ def test(network, federation, config, folder, history, best):
             rows += [row for part in parts for row in score_rows(name, split, part, federation.source)]
         if name == "best":
             heading = f"{title}\ncheckpoint best (round {best[name]['round']}), test images evenly spaced by size of lesion"
-            pictures = choose_pictures([part for parts in evaluations.values() for part in parts])
-            write(folder / "predictions.png", metrics.draw_predictions(pictures, heading))
+            everything = [part for parts in evaluations.values() for part in parts]
+            write(folder / "predictions.png", metrics.draw_predictions(everything, heading))
     results = {"data": federation.source, "notes": federation.notes, "config": asdict(config), "rounds": len(history),
                "seconds": sum(row["seconds"] for row in history), "checkpoints": checkpoints}
     write(folder / "curves.png", metrics.draw_curves(history, title))
@@ -433,24 +433,6 @@ def score_rows(name, split, part, source):
     for image, inverse_area, small, dice in zip(*columns, strict=True):
         yield {"checkpoint": name, "split": split, "centre": part.images.centre, "name": image,
                "inverse_area": inverse_area, "small": int(small), "dice": dice, "data": source}
-
-
-def choose_pictures(parts, count=5):
-    """Small and large lesions evenly spaced by size, whatever their scores. -> rows for metrics.draw_predictions"""
-    rows = {}
-    for heading, small in (("with a small lesion", True), ("without a small lesion", False)):
-        kind = sorted((part.images.inverse_area[i].item(), k, i) for k, part in enumerate(parts) for i in range(len(part.images))
-                      if part.images.masks[i].any() and bool(part.images.small[i]) == small)
-        spaced = np.linspace(0, len(kind) - 1, min(count, len(kind))).round().astype(int)
-        rows[heading] = [picture(parts[k], i) for _, k, i in (kind[j] for j in spaced)]
-    return {heading: pictures for heading, pictures in rows.items() if pictures}
-
-
-def picture(part, i):
-    """(image, truth, prediction, caption) of one evaluated image."""
-    images = part.images
-    caption = f"C{images.centre} {images.names[i]}\n1/a = {images.inverse_area[i]:.0f}, Dice {part.dice[i]:.2f}"
-    return images.images[i].permute(1, 2, 0).numpy(), images.masks[i, 0].bool().numpy(), part.predicted[i, 0].numpy(), caption
 
 
 # ------------------------------------------------------------------------------------- the run's folder
@@ -594,21 +576,11 @@ def to_json(value):
 # ------------------------------------------------------------------------------------------ command line
 
 
-def find_data(config):
-    """The folder of the data set, or None for the stand-in. Raises RunError where a folder was given that holds none."""
-    root = Path(config.data_root or f"datasets/{config.dataset}")
-    if config.data_root == "stand-in":
-        return None
-    if config.data_root and not data.find_polypgen(root):
-        raise RunError(f"--data-root {root}: " + ("holds no folder data_C1 to data_C6" if root.is_dir() else "there is no such folder"))
-    return root if data.find_polypgen(root) else None
-
-
 def configure(given):
     """Options given by name -> Config with the preset's values for the others, and the reason for the preset."""
     preset, why = given.get("preset", "auto"), "as asked"
     if preset == "auto":
-        real, gpu = find_data(Config(**given)) is not None, given.get("device") != "cpu" and torch.cuda.is_available()
+        real, gpu = data.find_polypgen(given.get("data_root", "")) is not None, given.get("device") != "cpu" and torch.cuda.is_available()
         preset = "paper" if real and gpu else "quick"
         why = f"{'real' if real else 'no real'} data and {'a' if gpu else 'no'} GPU"
     return Config(**{**PRESETS[preset], **given, "preset": preset}), why

@@ -124,25 +124,43 @@ def draw_curves(history, title):
     return figure
 
 
-def draw_predictions(rows, title):
-    """Test images with the outlines of truth and prediction, one row of pictures for each kind of lesion. -> Figure
+def draw_predictions(evaluations, title, count=5):
+    """Test images with the outlines of truth and prediction: small lesions above, others below. -> Figure
 
-    rows: {heading: [(image (H, W, 3) in [0, 1], truth (H, W) bool, prediction (H, W) bool, caption), ...]}
+    evaluations: fedgs.Evaluation of each centre. Of each kind up to `count` images, evenly spaced by size of lesion,
+    whatever their scores.
     """
     from matplotlib.lines import Line2D
 
-    columns = max(map(len, rows.values()))
-    figure, grid = new_figure(title, len(rows), columns, (2.6 * columns, 2.95 * len(rows) + 0.7))
+    kinds = {"small lesion": spaced_by_size(evaluations, True, count), "no small lesion": spaced_by_size(evaluations, False, count)}
+    kinds = {kind: chosen for kind, chosen in kinds.items() if chosen}
+    columns = max(map(len, kinds.values()), default=1)
+    figure, grid = new_figure(title, max(len(kinds), 1), columns, (2.6 * columns, 2.95 * len(kinds) + 0.7))
     for axes in grid.flat:
         axes.set_axis_off()
-    for line, (heading, pictures) in zip(grid, rows.items(), strict=True):
-        for axes, (image, truth, prediction, caption) in zip(line, pictures):
-            axes.imshow(image)
-            for mask, colour, style in ((truth, "white", "solid"), (prediction, SKY, "dashed")):
-                if mask.any():
-                    axes.contour(mask, [0.5], colors="black", linewidths=2.6, alpha=0.6)  # a rim that keeps the line visible
-                    axes.contour(mask, [0.5], colors=colour, linewidths=1.4, linestyles=style)
-            axes.set_title(f"{heading}: {caption}", fontsize=7)
-    key = [Line2D([], [], color="0.75", label="truth"), Line2D([], [], color=SKY, ls="--", label="prediction")]
+    for line, (kind, chosen) in zip(grid, kinds.items()):
+        for axes, (evaluation, i) in zip(line, chosen):
+            images = evaluation.images
+            axes.imshow(images.images[i].permute(1, 2, 0).numpy())
+            outline(axes, images.masks[i, 0].numpy(), "white", "solid")
+            outline(axes, evaluation.predicted[i, 0].numpy(), SKY, "dashed")
+            facts = f"1/a = {images.inverse_area[i]:.0f}, Dice {evaluation.dice[i]:.2f}"
+            axes.set_title(f"{kind}: C{images.centre} {images.names[i]}\n{facts}", fontsize=7)
+    key = [Line2D([], [], color="white", label="truth"), Line2D([], [], color=SKY, ls="--", label="prediction")]
     figure.legend(handles=key, loc="outside lower center", ncols=2, fontsize=8, facecolor="0.4", labelcolor="white")
     return figure
+
+
+def spaced_by_size(evaluations, small, count):
+    """Up to `count` (evaluation, index) of images with a lesion, evenly spaced over their order by inverse area."""
+    found = sorted((e.images.inverse_area[i].item(), k, i) for k, e in enumerate(evaluations) for i in range(len(e.images))
+                   if e.images.masks[i].any() and bool(e.images.small[i]) == small)
+    positions = torch.linspace(0, len(found) - 1, min(count, len(found))).round().int().tolist()
+    return [(evaluations[k], i) for _, k, i in (found[position] for position in positions)]
+
+
+def outline(axes, mask, colour, style):
+    """Draw the outline of a mask, an (H, W) array, on a dark rim that keeps it visible."""
+    if mask.any():
+        axes.contour(mask, [0.5], colors="black", linewidths=2.6, alpha=0.6)
+        axes.contour(mask, [0.5], colors=colour, linewidths=1.4, linestyles=style)

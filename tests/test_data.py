@@ -51,7 +51,7 @@ def test_size_flags_beside_the_data_are_used(root):
     with (root / "metadata" / "my_dataDetails_C2.csv").open("w") as file:
         file.write("img_name,small_polyp,inv_area\nany/where/frame3.jpg,True,7.5\nany/where/frame0.jpg,False,7.5\n")
     assert read(root).out_test.small.tolist() == [False, False, False, True, False]
-    assert "2 of 10 published" in read(root).notes[0]
+    assert "for 2 of 10" in read(root).notes[0]
     assert not read(root, tau=100).out_test.small.any()  # the flags were made with tau = 150
 
 
