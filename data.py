@@ -80,7 +80,8 @@ def polypgen(root, centres=POLYPGEN_CENTRES, out_centre=6, size=512, tau=POLYPGE
     """
     if root is None:
         source = "PolypGen stand-in"
-        loaded, notes = [stand_in_images(centre, size, tau) for centre in centres], ["size flags by rule"]
+        drawn = tqdm(centres, desc="drawing the stand-in", unit="centre", leave=False, disable=None)
+        loaded, notes = [stand_in_images(centre, size, tau) for centre in drawn], ["size flags by rule"]
     else:
         source = "PolypGen"
         loaded, notes = read_polypgen(Path(root), centres, size, tau)

@@ -109,14 +109,16 @@ def check(config):
     require(config.image_size >= 32 and config.image_size % 16 == 0, "image_size", config, "must be a multiple of 16, at least 32")
     require(set(config.centres) <= set(data.POLYPGEN_CENTRES), "centres", config, "must be among 1 2 3 4 5 6")
     require(len(set(config.centres)) == len(config.centres), "centres", config, "names a centre twice")
-    require(config.out_centre in config.centres, "out_centre", config, f"must be among the centres that take part, {config.centres}")
+    require(config.out_centre in config.centres, "out_centre", config, "must be among --centres")
     require(len(config.centres) > 1, "centres", config, "leaves no client beside the held-out centre")
     require(config.device != "cuda" or torch.cuda.is_available(), "device", config, "but torch finds no GPU here")
 
 
 def require(condition, name, config, rule):
     if not condition:
-        raise RunError(f"--{name.replace('_', '-')} {getattr(config, name)}: {rule}")
+        value = getattr(config, name)
+        value = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+        raise RunError(f"--{name.replace('_', '-')} {value}: {rule}")
 
 
 # ------------------------------------------------------- difficulty, step and aggregation: the definitions
@@ -293,7 +295,7 @@ class Server:
         weights = [size / sum(sizes) for size in sizes]
         theta, buffers, counters = self.state
         deltas, velocity = [u.delta for u in updates], self.velocity
-        if config.server_momentum:
+        if config.server_momentum:  # a server_lr of -1 turns the aggregate into a sum
             velocity, _, finite = aggregate(config.server_momentum * velocity, deltas, weights, server_lr=-1.0)
             theta = theta - config.server_lr * velocity
         else:
@@ -325,6 +327,8 @@ def run(config, why="as given"):
     for centre, images in federation.train.items():
         if len(images) < config.batch_size:
             raise RunError(f"centre {centre} has {len(images)} training images, fewer than --batch-size {config.batch_size}")
+    if not any(len(images) for images in federation.validation.values()):
+        raise RunError(f"--split {config.split} leaves no validation images: the centres have too few images")
     open_folder(folder, config, federation, device)
     network = build_network(config).to(device)
     flat = FlatNetwork(network)
@@ -456,7 +460,8 @@ def open_folder(folder, config, federation, device):
         if changed:
             raise RunError(f"{folder} holds a run of another configuration ({', '.join(changed)}): choose another --out")
     elif folder.exists() and any(item != path for item in folder.iterdir()):
-        raise RunError(f"{folder} is not empty: continue its run with --resume, or choose another --out")
+        hint = "no config.json in it, so no run to continue" if config.resume else "continue its run with --resume"
+        raise RunError(f"{folder} is not empty: {hint}, or choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write(path, to_json(record))
 

@@ -72,12 +72,12 @@ def table(results):
 
     results: {checkpoint: {"round": int, "in_test": means, "out_test": means}}
     """
-    lines = [f"{'checkpoint':<19}{'test':<10}" + "".join(f"{heading:>15}" for heading in MEASURES.values())]
+    lines = [f"{'checkpoint':<23}{'test':<9}" + "".join(f"{heading:>15}" for heading in MEASURES.values())]
     for checkpoint, result in results.items():
         for split in ("in_test", "out_test"):
             label = f"{checkpoint} (round {result['round']})" if split == "in_test" else ""
             cells = "".join(f"{cell(result[split][name]):>15}" for name in MEASURES)
-            lines.append(f"{label:<19}{split.replace('_', '-'):<10}{cells}")
+            lines.append(f"{label:<23}{split.replace('_', '-'):<9}{cells}")
     return "\n".join(lines)
 
 

@@ -1,10 +1,13 @@
 """Install FedGS: `pip install -e .`, or `pip install -e ".[test]"` with what its tests need."""
 
+import re
+from pathlib import Path
+
 from setuptools import setup
 
 setup(
     name="fedgs",
-    version="0.1.0",
+    version=re.search('__version__ = "(.+)"', Path(__file__).with_name("fedgs.py").read_text(encoding="utf-8"))[1],
     description="Federated Gradient Scaling for heterogeneous medical image segmentation",
     license="MIT",
     python_requires=">=3.10",
