@@ -11,10 +11,11 @@ training device. PolypGen (Ali et al., Sci Data 10:75, 2023) is read in its own 
 """
 
 import csv
+import hashlib
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
@@ -85,9 +86,8 @@ def polypgen(root, centres=POLYPGEN_CENTRES, out_centre=6, size=512, tau=POLYPGE
     else:
         source = "PolypGen"
         loaded, notes = read_polypgen(Path(root), centres, size, tau)
-    lost = sum(int((images.masks.flatten(1).amax(1) == 0)[images.inverse_area < math.inf].sum()) for images in loaded)
-    if lost:
-        notes.append(f"{lost} lesions vanish at {size}x{size}; their images count as empty")
+    if lost := sum(count_as_empty(images) for images in loaded):
+        notes.append(f"{lost} lesions vanish at {size}x{size}, so their images count as empty")
     data = Federation(source, notes, out_test=next(images for images in loaded if images.centre == out_centre))
     for images in loaded:
         if images.centre != out_centre:
@@ -96,6 +96,24 @@ def polypgen(root, centres=POLYPGEN_CENTRES, out_centre=6, size=512, tau=POLYPGE
             for part, indices in zip((data.train, data.validation, data.in_test), parts, strict=True):
                 part[images.centre] = images.subset(indices)
     return data
+
+
+def count_as_empty(images):
+    """Treat images whose lesion vanished in resizing as the empty ones they have become. -> their number"""
+    lost = (images.masks.flatten(1).amax(1) == 0) & images.inverse_area.isfinite()
+    images.inverse_area[lost], images.small[lost] = math.inf, False
+    return int(lost.sum())
+
+
+def fingerprint(federation):
+    """A hash of every name, image, mask and size flag, split by split, to tell whether a run goes on with the data it began with."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in (federation.train, federation.validation, federation.in_test, {0: federation.out_test}):
+        for images in part.values():
+            digest.update(" ".join(images.names).encode())
+            for tensor in (images.images, images.masks, images.small):
+                digest.update(tensor.numpy())
+    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------ PolypGen on disk
@@ -135,13 +153,13 @@ def list_pairs(root, centre):
     folder, masks = root / f"data_C{centre}" / f"images_C{centre}", root / f"data_C{centre}" / f"masks_C{centre}"
     images = sorted(folder.glob("*.jpg"), key=lambda path: path.name)
     if not images:
-        raise DataError(f"no images in {folder}: centre {centre} has no data (leave it out with --centres)")
+        raise DataError(f"no readable .jpg images in {folder}: centre {centre} has no data (leave it out with --centres)")
     pairs = [(image, masks / f"{image.stem}_mask.jpg") for image in images]
     for image, mask in pairs:
         if not mask.exists():
             raise DataError(f"{image} has no mask: {mask} is missing")
-    for mask in sorted(set(masks.glob("*.jpg")) - {mask for _, mask in pairs}):
-        raise DataError(f"{mask} has no image: {folder / (mask.stem.removesuffix('_mask') + '.jpg')} is missing")
+    if left := sorted(set(masks.glob("*.jpg")) - {mask for _, mask in pairs}):
+        raise DataError(f"{left[0]} has no image: the mask of NAME.jpg in {folder} is NAME_mask.jpg")
     return pairs
 
 
@@ -162,21 +180,31 @@ def open_image(path, mode):
     try:
         with Image.open(path) as image:
             return image.convert(mode)
-    except (OSError, SyntaxError) as error:  # Pillow's decoders raise SyntaxError for some damaged files
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: how some decoders call damage
         raise DataError(f"cannot read {path}: {error}") from error
 
 
 def read_size_flags(root, centre):
     """A centre's published size flags beside the data, {image file name: small}; empty where there are none."""
-    path = root / "metadata" / f"my_dataDetails_C{centre}.csv"
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        try:
-            truth = {"True": True, "False": False}
-            return {Path(row["img_name"]).name: truth[row["small_polyp"]] for row in csv.DictReader(file)}
-        except KeyError as error:
-            raise DataError(f"{path}: needs columns img_name and small_polyp (True or False), found {error}") from error
+    path, truth = root / "metadata" / f"my_dataDetails_C{centre}.csv", {"true": True, "1": True, "false": False, "0": False}
+    flags = {}
+    for row in read_table(path, ("img_name", "small_polyp")) if path.exists() else []:
+        if row["small_polyp"].strip().lower() not in truth:
+            raise DataError(f"{path}: small_polyp of {row['img_name']} is {row['small_polyp']!r}, neither True nor False")
+        flags[PureWindowsPath(row["img_name"]).name] = truth[row["small_polyp"].strip().lower()]  # either kind of slash
+    return flags
+
+
+def read_table(path, columns):
+    """The rows of a CSV file as dictionaries. Raises DataError for a file that is not one, or lacks one of the columns."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    if any(row.get(column) is None for row in rows for column in columns):
+        raise DataError(f"{path}: every row needs the columns {', '.join(columns)}")
+    return rows
 
 
 def collect(centre, names, images, masks, inverse_areas, small):
@@ -239,8 +267,8 @@ def near_duplicates(root, images):
     """
     index = Path(root) / "index.csv" if root else None
     if index and index.exists():
-        with index.open(newline="") as file:
-            group = {row["name"]: row["near_dup_group"] for row in csv.DictReader(file) if row["centre"] == str(images.centre)}
+        rows = read_table(index, ("centre", "name", "near_dup_group"))
+        group = {row["name"]: row["near_dup_group"] for row in rows if row["centre"] == str(images.centre)}
         if missing := [name for name in images.names if name not in group]:
             raise DataError(f"{index}: no near_dup_group for centre {images.centre}, {missing[0]}")
         labels = [group[name] for name in images.names]

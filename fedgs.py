@@ -102,11 +102,12 @@ def check(config):
     for name in ("rounds", "local_epochs", "batch_size", "width"):
         require(getattr(config, name) >= 1, name, config, "must be at least 1")
     for name in ("lr", "server_lr", "tau"):
-        require(0 < getattr(config, name) < math.inf, name, config, "must be a positive number")
+        require(0 < getattr(config, name) <= 1e6, name, config, "must be above 0, and at most 1e6")
     require(1 < config.log_base < math.inf, "log_base", config, "must be a number above 1")
     require(0 <= config.server_momentum < 1, "server_momentum", config, "must be in [0, 1)")
-    require(config.seed >= 0, "seed", config, "must not be negative")
-    require(config.image_size >= 32 and config.image_size % 16 == 0, "image_size", config, "must be a multiple of 16, at least 32")
+    require(0 <= config.seed < 2**63, "seed", config, "must be in [0, 2^63)")
+    require(config.image_size >= 16 and config.image_size % 16 == 0, "image_size", config, "must be a multiple of 16")
+    require(config.batch_size > 1 or config.image_size > 16, "batch_size", config, "is too small for batch norm at --image-size 16")
     require(set(config.centres) <= set(data.POLYPGEN_CENTRES), "centres", config, "must be among 1 2 3 4 5 6")
     require(len(set(config.centres)) == len(config.centres), "centres", config, "names a centre twice")
     require(config.out_centre in config.centres, "out_centre", config, "must be among --centres")
@@ -128,7 +129,7 @@ def mask_difficulty(masks, small, log_base):
     """Lesion areas, difficulties and the step scale of a batch.
 
     masks (B, 1, H, W) or (B, H, W), nonzero = lesion; small (B,) bool. -> area (B,) int64, in pixels;
-    delta (B,) float32 in [0, 1): tanh(log_l(1/a)^2) of small images, else 0 (also where a rotation moved
+    delta (B,) float32 in [0, 1]: tanh(log_l(1/a)^2) of small images, else 0 (also where a rotation moved
     the lesion out of view); eta, 0-dim float32 in [1, 3]: 1 + (2/B) sum delta. Nothing leaves the device.
     """
     area = (masks != 0).flatten(1).sum(dim=1)
@@ -289,7 +290,8 @@ class Server:
 
         Weights are T_k / sum T for FedGS and n_k / sum n for FedAvg, for parameters and buffers alike.
         With momentum mu, velocity <- mu velocity + sum_k w_k Delta_k and theta <- theta - server_lr velocity.
-        Raises RunError naming the clients whose loss or update is not finite; the state is then unchanged.
+        Raises RunError naming the clients whose loss or update is not finite, and for a step that is not;
+        the state is then unchanged.
         """
         sizes = [u.steps if config.method == "fedgs" else u.images for u in updates]
         weights = [size / sum(sizes) for size in sizes]
@@ -306,6 +308,9 @@ class Server:
         if bad:
             raise RunError(f"round {round_} was not applied: loss or update of client {', '.join(bad)} is not finite; "
                            "earlier checkpoints stay as they were (a smaller --lr may help)")
+        if not all(x.isfinite().all() for x in (theta, buffers, velocity)):
+            raise RunError(f"round {round_} was not applied: the server's step is not finite; earlier checkpoints stay as they "
+                           "were (a smaller --server-lr or --server-momentum may help)")
         counts = sum(weight * u.counters.double() for weight, u in zip(weights, updates, strict=True))
         self.state, self.velocity = (theta, buffers, counts.round().to(counters.dtype)), velocity
 
@@ -321,7 +326,7 @@ def run(config, why="as given"):
     """
     check(config)
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.deterministic = True  # repeatable on the same kind of device
+    torch.backends.cudnn.deterministic = True  # a CPU is repeatable as it is; this is cuDNN's part of it on a GPU
     root, folder = data.find_polypgen(config.data_root), run_folder(config)
     federation = data.polypgen(root, config.centres, config.out_centre, config.image_size, config.tau, config.split, config.fold)
     for centre, images in federation.train.items():
@@ -329,11 +334,14 @@ def run(config, why="as given"):
             raise RunError(f"centre {centre} has {len(images)} training images, fewer than --batch-size {config.batch_size}")
     if not any(len(images) for images in federation.validation.values()):
         raise RunError(f"--split {config.split} leaves no validation images: the centres have too few images")
-    open_folder(folder, config, federation, device)
+    record = describe_run(config, federation, device)
+    check_folder(folder, record, config.resume)
     network = build_network(config).to(device)
     flat = FlatNetwork(network)
     server = Server(flat)
     history, best = load_progress(folder, server, config) if config.resume else ([], {})
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "config.json", to_json(record))
     print(header(config, why, root, federation, flat, device, folder), flush=True)
 
     clients = [images.to(device) for images in federation.train.values()]
@@ -443,27 +451,32 @@ def score_rows(name, split, part, source):
 
 
 def run_folder(config):
+    """Where a run keeps its files."""
     return Path(config.out or f"runs/{config.dataset}-{config.method}-{config.model}-f{config.fold}-s{config.seed}")
 
 
-def open_folder(folder, config, federation, device):
-    """Make the run's folder and its config.json. Raises RunError rather than touch the results of another run."""
-    record = {
+def describe_run(config, federation, device):
+    """What config.json says: options, data (with a fingerprint of every image), device, versions."""
+    return {
         "config": asdict(config),
-        "data": {"source": federation.source, "notes": federation.notes, "images": count_images(federation)},
+        "data": {"source": federation.source, "notes": federation.notes, "images": count_images(federation),
+                 "fingerprint": data.fingerprint(federation)},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "versions": {"fedgs": __version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
+
+
+def check_folder(folder, record, resume):
+    """Raise RunError where the folder cannot be used without touching the results of another run."""
     path = folder / "config.json"
-    if config.resume and path.exists():
-        changed = compare_records(path, json.loads(to_json(record)))
-        if changed:
-            raise RunError(f"{folder} holds a run of another configuration ({', '.join(changed)}): choose another --out")
-    elif folder.exists() and any(item != path for item in folder.iterdir()):
-        hint = "no config.json in it, so no run to continue" if config.resume else "continue its run with --resume"
-        raise RunError(f"{folder} is not empty: {hint}, or choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    write(path, to_json(record))
+    if resume and path.exists():
+        if changed := compare_records(path, json.loads(to_json(record))):
+            raise RunError(f"{folder} holds another run ({', '.join(changed)}): give its options again, or choose another --out")
+        if not (folder / "resume.pt").exists() and (folder / "results.json").exists():
+            raise RunError(f"{folder / 'resume.pt'} is missing, so its run cannot go on: choose another --out")
+    elif folder.exists() and any(item != path and not is_temporary(item) for item in folder.iterdir()):
+        hint = "continue its run with --resume, or " if path.exists() and not resume else ""
+        raise RunError(f"{folder} is not empty: {hint}choose another --out")
 
 
 def compare_records(path, record):
@@ -485,7 +498,10 @@ def count_images(federation):
 
 
 def save_progress(folder, weights, server, history, best, validation):
-    """Write what a round leaves. resume.pt comes last: until it is there, --resume repeats the round."""
+    """Write what a round leaves. resume.pt comes last: until it is there, --resume repeats the round.
+
+    `best` has the highest validation Dice so far, `best_small` the highest Dice_S (Dice, where no validation image is small).
+    """
     for name, measure in (("best", "dice"), ("best_small", "dice_s" if validation["dice_s"]["n"] else "dice")):
         if validation[measure]["mean"] > best.get(name, {"score": -1.0})["score"]:
             best[name] = {"round": len(history), "score": validation[measure]["mean"]}
@@ -500,16 +516,20 @@ def load_progress(folder, server, config):
     path = folder / "resume.pt"
     if not path.exists():
         return [], {}
-    saved = read_checkpoint(path)
-    if not isinstance(saved, dict) or set(saved) != {"state", "velocity", "history", "best"}:
-        raise RunError(f"{path} is not the state of a run")
-    if [x.shape for x in saved["state"]] != [x.shape for x in server.state]:
-        raise RunError(f"{path} is of another network than {config.model} of width {config.width}")
-    if len(saved["history"]) > config.rounds:
-        raise RunError(f"--rounds {config.rounds}: the run in {folder} has {len(saved['history'])} rounds already")
-    device = server.velocity.device
-    server.state, server.velocity = tuple(x.to(device) for x in saved["state"]), saved["velocity"].to(device)
-    return saved["history"], saved["best"]
+    saved, device = read_checkpoint(path), server.velocity.device
+    try:
+        state, velocity = tuple(x.to(device) for x in saved["state"]), saved["velocity"].to(device)
+        history, best = saved["history"], {name: dict(saved["best"][name]) for name in ("best", "best_small")}
+        shapes = [[x.shape for x in (*tensors, vector)] for tensors, vector in ((state, velocity), (server.state, server.velocity))]
+        complete = [row["round"] for row in history] == list(range(1, len(history) + 1))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise RunError(f"{path} is not the state of a run ({error!r})") from error
+    if shapes[0] != shapes[1] or not complete:
+        raise RunError(f"{path} is of another network than {config.model} of width {config.width}, or of no whole run")
+    if len(history) > config.rounds:
+        raise RunError(f"--rounds {config.rounds}: the run in {folder} has {len(history)} rounds already")
+    server.state, server.velocity = state, velocity
+    return history, best
 
 
 def checkpoint(network, config, source):
@@ -525,12 +545,12 @@ def checkpoint(network, config, source):
 
 
 def read_checkpoint(path):
-    """torch.load of tensors and plain values only. Raises RunError for a missing or damaged file."""
+    """torch.load of tensors and plain values only. Raises RunError for a missing or damaged file, however it is damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise RunError(f"{path} is missing") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0] or "it is empty"
         raise RunError(f"{path} is damaged, or no checkpoint: {reason}") from error
 
@@ -544,18 +564,25 @@ def load_weights(network, path):
 
 
 def write(path, content):
-    """Write a file whole or not at all: text, a figure as PNG, or what torch.save takes."""
+    """Write a file whole or not at all: text, a figure as PNG, or what torch.save takes. Raises OSError where it cannot."""
+    file = io.BytesIO()
+    if isinstance(content, str):
+        file.write(content.encode())
+    elif hasattr(content, "savefig"):
+        content.savefig(file, format="png", dpi=130)
+    else:
+        torch.save(content, file)
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        if isinstance(content, str):
-            file.write(content.encode())
-        elif hasattr(content, "savefig"):
-            content.savefig(file, format="png", dpi=130)
-        else:
-            torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    with temporary.open("wb") as target:
+        target.write(file.getbuffer())
+        target.flush()
+        os.fsync(target.fileno())
     os.replace(temporary, path)
+
+
+def is_temporary(path):
+    """Whether this is what `write` leaves when it is killed."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 def write_csv(path, rows):
@@ -638,8 +665,10 @@ def main(arguments=None):
     except (RunError, data.DataError, OSError) as error:
         print(f"fedgs.py: error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
-        print("fedgs.py: error: out of GPU memory: choose a smaller --batch-size, --image-size or --width", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:  # torch says so with a RuntimeError
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        print("fedgs.py: error: out of memory: choose a smaller --batch-size, --image-size or --width", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nfedgs.py: interrupted; the same command with --resume goes on after the last complete round", file=sys.stderr)

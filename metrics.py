@@ -135,7 +135,7 @@ def draw_predictions(evaluations, title, count=5):
     kinds = {"small lesion": spaced_by_size(evaluations, True, count), "no small lesion": spaced_by_size(evaluations, False, count)}
     kinds = {kind: chosen for kind, chosen in kinds.items() if chosen}
     columns = max(map(len, kinds.values()), default=1)
-    figure, grid = new_figure(title, max(len(kinds), 1), columns, (2.6 * columns, 2.95 * len(kinds) + 0.7))
+    figure, grid = new_figure(title, max(len(kinds), 1), columns, (2.6 * columns, 2.95 * max(len(kinds), 1) + 0.7))
     for axes in grid.flat:
         axes.set_axis_off()
     for line, (kind, chosen) in zip(grid, kinds.items()):

@@ -1,9 +1,9 @@
 """The method: difficulty, step, aggregation, client and server against the paper's formulas."""
 
 import copy
+import dataclasses
 import functools
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -178,6 +178,25 @@ def test_small_lesions_scale_the_report_alone(flat, generator):
     assert scaled.eta > scaled.steps and scaled.scaled == scaled.steps and scaled.delta.norm() > plain.delta.norm()
 
 
+def test_difficulty_is_of_what_the_network_sees(flat, generator, monkeypatch):
+    """The masks after augmentation, with the flags of the same images, and the configured log base."""
+    images = client_images(1, 4, generator)
+    for i, mask in enumerate(images.masks):
+        mask.zero_()[:, 10 : 12 + 3 * i, 10:16] = 1  # areas tell the images apart
+    images.small[:] = torch.tensor([True, False, True, False])
+    masks_of_loss, calls = [], []
+    loss, difficulty = fedgs.metrics.soft_dice_loss, mask_difficulty
+    monkeypatch.setattr(fedgs.metrics, "soft_dice_loss", lambda logits, y: masks_of_loss.append(y) or loss(logits, y))
+    monkeypatch.setattr(fedgs, "mask_difficulty", lambda *given: calls.append(given) or difficulty(*given))
+    monkeypatch.setattr(fedgs.data, "augment", lambda x, y, draws: (x, y.flip(3)))  # areas stay, places do not
+    train_client(flat, Server(flat), images, dataclasses.replace(CONFIG, log_base=321.0), 1)
+    assert len(calls) == 4
+    for y, (masks, small, log_base) in zip(masks_of_loss, calls, strict=True):
+        number = (masks.flatten(1).sum(1) // 6 - 2) // 3  # which images these are
+        assert torch.equal(masks, y) and torch.equal(masks, images.masks[number].flip(3))
+        assert torch.equal(small, images.small[number]) and log_base == 321.0
+
+
 def test_a_client_depends_on_seed_round_and_centre_alone(flat, generator):
     server, one, other = Server(flat), client_images(1, 4, generator), client_images(2, 4, generator)
     first = train_client(flat, server, one, CONFIG, 1)
@@ -185,6 +204,7 @@ def test_a_client_depends_on_seed_round_and_centre_alone(flat, generator):
     torch.rand(5)  # the global generator must not matter
     assert torch.equal(train_client(flat, server, one, CONFIG, 1).delta, first.delta)
     assert not torch.equal(train_client(flat, server, one, CONFIG, 2).delta, first.delta)
+    assert not torch.equal(train_client(flat, server, one, dataclasses.replace(CONFIG, seed=1), 1).delta, first.delta)
 
 
 def update(flat, centre, delta, steps=1, images=1, buffers=0.0, counters=0):
@@ -205,7 +225,7 @@ def test_weights(flat, method, share):
 
 def test_fedavg_reports_the_difference_of_parameters(flat, generator):
     server = Server(flat)
-    u = train_client(flat, server, client_images(1, 4, generator), SimpleNamespace(**{**vars(CONFIG), "method": "fedavg"}), 1)
+    u = train_client(flat, server, client_images(1, 4, generator), dataclasses.replace(CONFIG, method="fedavg"), 1)
     assert torch.equal(u.delta, server.state[0] - flat.parameters) and u.eta == u.steps
 
 
@@ -222,13 +242,13 @@ def test_index_tables_come_back_as_they_were(flat, generator):
 
 
 def test_server_momentum(flat):
-    """buffer <- g, then mu buffer + g, with g = sum_k w_k Delta_k / lr; theta <- theta - lr buffer."""
-    server, config = Server(flat), fedgs.Config(server_momentum=0.9, lr=1e-3)
+    """buffer <- g, then mu buffer + g, with g = sum_k w_k Delta_k / lr; theta <- theta - lr buffer, times the server's rate."""
+    server, config = Server(flat), fedgs.Config(server_momentum=0.9, lr=1e-3, server_lr=0.8)
     theta, buffer = server.state[0].double(), 0.0
     for delta in (0.3, -0.1, 0.2):
         server.apply([update(flat, 1, delta), update(flat, 2, 2 * delta)], config, 1)
         buffer = 0.9 * buffer + 1.5 * delta / 1e-3
-        theta = theta - 1e-3 * buffer
+        theta = theta - 0.8 * 1e-3 * buffer
         torch.testing.assert_close(server.state[0].double(), theta, rtol=1e-5, atol=1e-5)
 
 

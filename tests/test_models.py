@@ -66,6 +66,44 @@ def test_attention_is_its_formula(generator, height, width):
         torch.testing.assert_close(out[:, head::heads], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_blocks_are_their_formulas(generator):
+    """The residual paths and the order of channels, written out with the blocks' own convolutions and norms."""
+    torch.manual_seed(0)
+    network = UTNet(width=4).eval()
+    for module in network.modules():  # norms that do something
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+            module.weight.data.normal_(generator=generator)
+    x = torch.randn(1, 16, 24, 24, generator=generator)
+    skip, coarse = torch.randn(1, 16, 32, 32, generator=generator), torch.randn(1, 32, 16, 16, generator=generator)
+    relu = torch.relu
+
+    block = network.down3.blocks[1]  # 16 to 32 channels
+    bn, _, to_channels = block.shortcut
+    expected = block.conv2(relu(block.bn2(block.conv1(relu(block.bn1(x)))))) + to_channels(relu(bn(x)))
+    torch.testing.assert_close(block(x), expected)
+
+    block = network.down2.blocks[2]  # a transformer on 16 channels
+    q, k, v = block.attn.to_qkv(block.bn1(x)).split(16, dim=1)
+    y = x + block.attn.to_out(attend(q, k, v, 2, block.attn.relative_position_encoding))
+    torch.testing.assert_close(block(x), y + block.mlp(relu(block.bn2(y))))
+
+    def upsample(z):
+        return torch.nn.functional.interpolate(z, size=(32, 32), mode="bilinear", align_corners=True)
+
+    block = network.up2.attn_decoder
+    k, v = block.attn.to_kv(block.bn_l(coarse)).split(16, dim=1)
+    q = block.attn.to_q(block.bn_h(skip))
+    y = upsample(block.conv_ch(coarse)) + block.attn.to_out(attend(q, k, v, 4, block.attn.relative_position_encoding))
+    y = y + block.mlp(relu(block.bn2(y)))
+    torch.testing.assert_close(network.up2(coarse, skip), network.up2.blocks(torch.cat([y, skip], dim=1)))
+
+    fine, low = torch.randn(1, 4, 32, 32, generator=generator), torch.randn(1, 8, 16, 16, generator=generator)
+    joined = torch.cat([fine, network.up4.conv_ch(upsample(low))], dim=1)
+    torch.testing.assert_close(network.up4(low, fine), network.up4.conv(joined))
+
+
 def test_initial_weights():
     torch.manual_seed(0)
     state = UTNet(width=16).state_dict()

@@ -1,11 +1,13 @@
 """Whole runs through the command line: the folder, repeatability, resume, and errors people can read."""
 
+import copy
 import csv
 import functools
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,7 +46,8 @@ def without_time(path):
 def drawn_once():
     """Draw the stand-in's images once for all the runs of this file."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fedgs.data, "stand_in_images", functools.cache(fedgs.data.stand_in_images))
+        drawn = functools.cache(fedgs.data.stand_in_images)
+        patch.setattr(fedgs.data, "stand_in_images", lambda *which: copy.deepcopy(drawn(*which)))
         yield
 
 
@@ -162,16 +165,42 @@ def test_stopped_before_any_write_and_resumed(finished, tmp_path, monkeypatch, w
 
 
 def test_killed_and_resumed(finished, tmp_path):
-    command = [sys.executable, str(ROOT / "fedgs.py"), *TINY, "--out", str(tmp_path / "run")]
+    """kill -9 at three random moments, from start-up on, then to the end."""
+    command = [sys.executable, str(ROOT / "fedgs.py"), *TINY, "--out", str(tmp_path), "--resume"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # threads decide the last bits
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "run" / "resume.pt").exists() and process.poll() is None:
-        time.sleep(0.005)
-    time.sleep(random.uniform(0, 0.5))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert run(tmp_path / "run", "--resume") == 0
-    same_end(tmp_path / "run", finished)
+    for _ in range(3):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        process.stdout.read(1)  # the header: the run has begun
+        time.sleep(random.uniform(0, 2))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert run(tmp_path, "--resume") == 0
+    same_end(tmp_path, finished)
+
+
+def test_momentum_is_resumed(tmp_path):
+    options = "--server-momentum", 0.9, "--server-lr", 0.5
+    assert run(tmp_path / "whole", *options) == 0
+    assert run(tmp_path / "parts", *options, "--rounds", 1) == 0
+    assert run(tmp_path / "parts", *options, "--resume") == 0
+    same_end(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_last_is_the_aggregate_and_best_is_the_best(finished, tmp_path):
+    saved = torch.load(finished / "resume.pt", weights_only=True)
+    flat = fedgs.FlatNetwork(UTNet(width=2))
+    flat.load(saved["state"])
+    last = torch.load(finished / "last.pt", weights_only=True)
+    assert all(torch.equal(x, last[name]) for name, x in flat.network.state_dict().items())
+    history = rows(finished / "rounds.csv")
+    for name, measure in (("best", "dice"), ("best_small", "dice_s")):
+        values = [float(row[measure]) for row in history]
+        assert saved["best"][name] == {"round": 1 + values.index(max(values)), "score": max(values)}
+    assert run(tmp_path, "--rounds", 1) == 0
+    of_round = {1: torch.load(tmp_path / "last.pt", weights_only=True), 2: last}
+    for name in ("best", "best_small"):
+        kept = torch.load(finished / f"{name}.pt", weights_only=True)
+        assert all(torch.equal(x, of_round[saved["best"][name]["round"]][key]) for key, x in kept.items())
 
 
 def test_more_rounds_with_resume(finished, tmp_path):
@@ -229,11 +258,10 @@ def test_bad_data_folder(tmp_path, capsys):
 def test_results_of_another_run_are_left_alone(finished, capsys):
     before = {path: path.read_bytes() for path in finished.iterdir()}
     refused(capsys, run(finished), "not empty", "--resume")
-    refused(capsys, run(finished, "--resume", "--lr", 0.5), "another configuration", "lr 0.001, now 0.5")
+    refused(capsys, run(finished, "--resume", "--lr", 0.5), "another run", "lr 0.001, now 0.5")
     refused(capsys, run(finished, "--resume", "--width", 4), "width 2, now 4")
     refused(capsys, run(finished, "--resume", "--rounds", 1), "--rounds 1", "2 rounds already")
-    assert {path: path.read_bytes() for path in finished.iterdir() if path.name != "config.json"} \
-        == {path: content for path, content in before.items() if path.name != "config.json"}
+    assert {path: path.read_bytes() for path in finished.iterdir()} == before
 
 
 def test_checkpoint_of_another_model(finished, tmp_path, capsys):
@@ -248,12 +276,42 @@ def test_checkpoint_of_another_model(finished, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["resume.pt", "config.json"])
-@pytest.mark.parametrize("damage", [lambda x: x[: len(x) // 2], lambda x: b"", lambda x: b"{}"])
+@pytest.mark.parametrize("damage", [lambda x: x[: len(x) // 2], lambda x: x[:5000], lambda x: b"", lambda x: b"{}",
+                                    lambda x: b"hello world"], ids=["half", "start", "empty", "braces", "text"])
 def test_damaged_files(tmp_path, finished, capsys, name, damage):
     for path in finished.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / name).write_bytes(damage((finished / name).read_bytes()))
     refused(capsys, run(tmp_path, "--resume"), name)
+
+
+@pytest.mark.parametrize("key, value", [("best", {}), ("state", "abc"), ("velocity", None), ("history", [{}]), ("history", [{"round": 2}])])
+def test_state_of_another_kind(tmp_path, finished, capsys, key, value):
+    shutil.copytree(finished, tmp_path / "run")
+    torch.save({**torch.load(finished / "resume.pt", weights_only=True), key: value}, tmp_path / "run" / "resume.pt")
+    refused(capsys, run(tmp_path / "run", "--resume"), "resume.pt")
+
+
+def test_lost_state_of_a_finished_run(tmp_path, finished, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "resume.pt").unlink()
+    refused(capsys, run(tmp_path / "run", "--resume", "--rounds", 3), "resume.pt is missing")
+
+
+def test_other_data_with_the_same_counts(tmp_path, finished, capsys, monkeypatch):
+    real = fedgs.data.stand_in_images
+
+    def flipped(*which):
+        images = real(*which)
+        images.images = images.images.flip(3)
+        return images
+
+    monkeypatch.setattr(fedgs.data, "stand_in_images", flipped)
+    refused(capsys, run(finished, "--resume"), "another run", "fingerprint")
+
+
+def test_a_server_step_that_overflows(tmp_path, capsys):
+    refused(capsys, run(tmp_path, "--lr", "1e6", "--server-lr", "1e6", "--server-momentum", "0.9", "--rounds", 9), "not applied", "not finite")
 
 
 def test_unwritable_folder(tmp_path, capsys):
