@@ -51,8 +51,8 @@ class Images:
 
     def subset(self, indices):
         """The images at these indices, in their order."""
-        tensors = (self.images, self.masks, self.inverse_area, self.small)
-        return Images(self.centre, [self.names[i] for i in indices], *(x[torch.tensor(indices, dtype=torch.int64)] for x in tensors))
+        tensors, chosen = (self.images, self.masks, self.inverse_area, self.small), torch.tensor(indices, dtype=torch.int64)
+        return Images(self.centre, [self.names[i] for i in indices], *(x[chosen] for x in tensors))
 
     def to(self, device):
         """The same images on a device; the per-image facts too, since batches index them there."""
@@ -106,7 +106,7 @@ def count_as_empty(images):
 
 
 def fingerprint(federation):
-    """A hash of every name, image, mask and size flag, split by split, to tell whether a run goes on with the data it began with."""
+    """A hash of every name, image, mask and size flag, split by split: a run must go on with the data it began with."""
     digest = hashlib.blake2b(digest_size=8)
     for part in (federation.train, federation.validation, federation.in_test, {0: federation.out_test}):
         for images in part.values():
@@ -127,7 +127,7 @@ def find_polypgen(root=""):
     folder = Path(root or "datasets/polypgen")
     found = root != "stand-in" and any((folder / f"data_C{k}").is_dir() for k in POLYPGEN_CENTRES)
     if root and root != "stand-in" and not found:
-        raise DataError(f"--data-root {root}: " + ("holds no folder data_C1 to data_C6" if folder.is_dir() else "there is no such folder"))
+        raise DataError(f"--data-root {root}: " + ("no data_C1 to data_C6 in it" if folder.is_dir() else "no such folder"))
     return folder if found else None
 
 
@@ -167,7 +167,7 @@ def read_pair(image_path, mask_path, size, tau):
     """-> image (S, S, 3) uint8, mask (S, S) bool, inverse area, small. Raises DataError naming the file."""
     image, mask = open_image(image_path, "RGB"), open_image(mask_path, "L")
     if abs(image.width * mask.height - image.height * mask.width) > 0.01 * image.width * mask.height:
-        raise DataError(f"{mask_path} is {mask.width}x{mask.height}, its image {image.width}x{image.height}: another shape")
+        raise DataError(f"{mask_path} is {mask.width}x{mask.height}, its image {image.width}x{image.height}")
     lesion = mask.point(lambda grey: 255 * (grey > 128))
     at_rule_size = np.asarray(lesion.resize((RULE_SIZE, RULE_SIZE), Image.Resampling.NEAREST)) > 0
     pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
@@ -186,8 +186,8 @@ def open_image(path, mode):
 
 def read_size_flags(root, centre):
     """A centre's published size flags beside the data, {image file name: small}; empty where there are none."""
-    path, truth = root / "metadata" / f"my_dataDetails_C{centre}.csv", {"true": True, "1": True, "false": False, "0": False}
-    flags = {}
+    path = root / "metadata" / f"my_dataDetails_C{centre}.csv"
+    flags, truth = {}, {"true": True, "1": True, "false": False, "0": False}
     for row in read_table(path, ("img_name", "small_polyp")) if path.exists() else []:
         if row["small_polyp"].strip().lower() not in truth:
             raise DataError(f"{path}: small_polyp of {row['img_name']} is {row['small_polyp']!r}, neither True nor False")
@@ -196,7 +196,7 @@ def read_size_flags(root, centre):
 
 
 def read_table(path, columns):
-    """The rows of a CSV file as dictionaries. Raises DataError for a file that is not one, or lacks one of the columns."""
+    """The rows of a CSV file as dictionaries. Raises DataError for another kind of file and for missing columns."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
@@ -340,8 +340,9 @@ def shift_hue(images, turns):
 
 def normalise(images):
     """RGB in [0, 1] (B, 3, H, W) -> ImageNet's mean 0 and standard deviation 1."""
-    channels = zip(images.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True)  # numbers, not tensors: those would be copied
-    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)  # to the device at every step
+    # numbers, not tensors, which would be copied to the device at every step
+    channels = zip(images.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True)
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
 
 
 # ------------------------------------------------------------------------------------------ the stand-in
@@ -381,7 +382,8 @@ def stand_in_images(centre, size, tau):
     names = [f"stand-in_C{centre}_{i:04d}" for i in range(len(images))]
     nearest = (np.arange(RULE_SIZE) * size) // RULE_SIZE
     at_rule_size = masks[:, nearest][:, :, nearest]
-    return collect(centre, names, images, masks, [inverse_area(m) for m in at_rule_size], [is_small(m, tau) for m in at_rule_size])
+    inverse_areas, small = zip(*((inverse_area(mask), is_small(mask, tau)) for mask in at_rule_size))
+    return collect(centre, names, images, masks, inverse_areas, small)
 
 
 def stand_in_polypgen(centre: int, count: int, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -77,15 +77,15 @@ class Config:
     server_momentum: float = option(0.0, "momentum of the server's step")
     log_base: float = option(100.0, "l, base of the logarithm in the difficulty of a small lesion")
     tau: float = option(150.0, "smallness: a lesion is small if it covers at most 1/tau of the image")
-    split: str = option("fold", "train, validation and test images of a client: published folds, published per-centre split, "
-                        "or folds with near-duplicate frames kept together", choices=("fold", "centre", "grouped"))
+    split: str = option("fold", "a client's train, validation and test images: published folds, published per-centre "
+                        "split, or folds with near-duplicate frames kept together", choices=("fold", "centre", "grouped"))
     fold: int = option(1, "which of the five folds", choices=(1, 2, 3, 4, 5))
-    centres: tuple = option(data.POLYPGEN_CENTRES, "centres that take part, the held-out one included", nargs="+", type=int)
+    centres: tuple = option(data.POLYPGEN_CENTRES, "centres that take part, with the held-out one", nargs="+", type=int)
     out_centre: int = option(6, "centre that is held out for testing")
     seed: int = option(0, "seed of initial weights, batches and augmentation")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
-    data_root: str = option("", "folder of the data set, or stand-in for procedural images; default: datasets/<dataset> if it is there, "
-                            "else the stand-in")
+    data_root: str = option("", "folder of the data set, or stand-in for procedural images; default: datasets/<dataset> "
+                            "if it is there, else the stand-in")
     out: str = option("", "folder of the run; default: runs/<dataset>-<method>-<model>-f<fold>-s<seed>")
     resume: bool = option(False, "continue the run in its folder")
 
@@ -94,7 +94,7 @@ PRESETS = {
     "paper": {},
     "quick": dict(rounds=8, local_epochs=1, image_size=80, width=8, lr=1e-3),  # three minutes on two CPU cores
 }
-FREE_ON_RESUME = {"preset", "rounds", "device", "data_root", "out", "resume"}  # they do not change what a round computes
+FREE_ON_RESUME = {"preset", "rounds", "device", "data_root", "out", "resume"}  # what a round computes is the same
 
 
 def check(config):
@@ -107,7 +107,7 @@ def check(config):
     require(0 <= config.server_momentum < 1, "server_momentum", config, "must be in [0, 1)")
     require(0 <= config.seed < 2**63, "seed", config, "must be in [0, 2^63)")
     require(config.image_size >= 16 and config.image_size % 16 == 0, "image_size", config, "must be a multiple of 16")
-    require(config.batch_size > 1 or config.image_size > 16, "batch_size", config, "is too small for batch norm at --image-size 16")
+    require(config.batch_size > 1 or config.image_size > 16, "batch_size", config, "too small for batch norm at image size 16")
     require(set(config.centres) <= set(data.POLYPGEN_CENTRES), "centres", config, "must be among 1 2 3 4 5 6")
     require(len(set(config.centres)) == len(config.centres), "centres", config, "names a centre twice")
     require(config.out_centre in config.centres, "out_centre", config, "must be among --centres")
@@ -139,7 +139,8 @@ def mask_difficulty(masks, small, log_base):
     return area, delta, 1 + 2 * delta.sum() / max(len(masks), 1)
 
 
-def adamw_accumulate_(theta, grad, m, v, step, lr, delta=None, eta=None, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
+def adamw_accumulate_(theta, grad, m, v, step, lr, delta=None, eta=None,
+                      betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
     """One AdamW step on flat vectors, in place; with delta and eta also delta += eta s.
 
     theta, grad, m, v, delta: (P,) float32; step counts from 1; eta is a 0-dim tensor on the same device.
@@ -183,7 +184,7 @@ class FlatNetwork:
         parameters = list(network.parameters())
         self.parameters = torch.cat([p.detach().flatten() for p in parameters])
         self.grad = torch.zeros_like(self.parameters)
-        for p, value, grad in zip(parameters, *(views(x, parameters) for x in (self.parameters, self.grad)), strict=True):
+        for p, value, grad in zip(parameters, views(self.parameters, parameters), views(self.grad, parameters), strict=True):
             p.data, p.grad = value, grad
         self.buffers = self._join(lambda buffer: buffer.is_floating_point())
         self.counters = self._join(lambda buffer: not buffer.is_floating_point() and buffer.ndim == 0)
@@ -272,7 +273,8 @@ def train_client(flat, server, images, config, round_, progress=None):
                 progress.update()
     if config.method == "fedavg":
         delta = server.state[0] - flat.parameters
-    return Update(images.centre, delta, flat.buffers.clone(), flat.counters.clone(), step, len(images), loss_sum / step, eta_sum, scaled)
+    _, buffers, counters = flat.state()
+    return Update(images.centre, delta, buffers, counters, step, len(images), loss_sum / step, eta_sum, scaled)
 
 
 # ------------------------------------------------------------------------------------------------ server
@@ -302,15 +304,16 @@ class Server:
             theta = theta - config.server_lr * velocity
         else:
             theta, _, finite = aggregate(theta, deltas, weights, config.server_lr)
-        buffers, _, buffers_finite = aggregate(torch.zeros_like(buffers), [u.buffers for u in updates], weights, server_lr=-1.0)
+        nothing, theirs = torch.zeros_like(buffers), [u.buffers for u in updates]
+        buffers, _, buffers_finite = aggregate(nothing, theirs, weights, server_lr=-1.0)
         losses_finite = torch.stack([u.loss for u in updates]).isfinite()
         bad = [f"C{u.centre}" for u, fine in zip(updates, finite & buffers_finite & losses_finite) if not fine]
         if bad:
             raise RunError(f"round {round_} was not applied: loss or update of client {', '.join(bad)} is not finite; "
                            "earlier checkpoints stay as they were (a smaller --lr may help)")
         if not all(x.isfinite().all() for x in (theta, buffers, velocity)):
-            raise RunError(f"round {round_} was not applied: the server's step is not finite; earlier checkpoints stay as they "
-                           "were (a smaller --server-lr or --server-momentum may help)")
+            raise RunError(f"round {round_} was not applied: the server's step is not finite; earlier checkpoints stay "
+                           "as they were (a smaller --server-lr or --server-momentum may help)")
         counts = sum(weight * u.counters.double() for weight, u in zip(weights, updates, strict=True))
         self.state, self.velocity = (theta, buffers, counts.round().to(counters.dtype)), velocity
 
@@ -328,10 +331,11 @@ def run(config, why="as given"):
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = True  # a CPU is repeatable as it is; this is cuDNN's part of it on a GPU
     root, folder = data.find_polypgen(config.data_root), run_folder(config)
-    federation = data.polypgen(root, config.centres, config.out_centre, config.image_size, config.tau, config.split, config.fold)
+    federation = data.polypgen(root, config.centres, config.out_centre, config.image_size, config.tau, config.split,
+                               config.fold)
     for centre, images in federation.train.items():
         if len(images) < config.batch_size:
-            raise RunError(f"centre {centre} has {len(images)} training images, fewer than --batch-size {config.batch_size}")
+            raise RunError(f"centre {centre} has {len(images)} training images, less than --batch-size {config.batch_size}")
     if not any(len(images) for images in federation.validation.values()):
         raise RunError(f"--split {config.split} leaves no validation images: the centres have too few images")
     record = describe_run(config, federation, device)
@@ -346,14 +350,16 @@ def run(config, why="as given"):
 
     clients = [images.to(device) for images in federation.train.values()]
     steps = sum(len(images) // config.batch_size for images in clients) * config.local_epochs
-    with tqdm(total=config.rounds * steps, initial=len(history) * steps, unit="step", leave=False, disable=None) as progress:
+    done = len(history) * steps
+    with tqdm(total=config.rounds * steps, initial=done, unit="step", leave=False, disable=None) as progress:
         for round_ in range(len(history) + 1, config.rounds + 1):
             start = time.perf_counter()
             progress.set_description(f"round {round_}/{config.rounds}")
             updates = [train_client(flat, server, images, config, round_, progress) for images in clients]
             server.apply(updates, config, round_)
             flat.load(server.state)
-            validation = metrics.means(sum(evaluate(network, images).tally for images in federation.validation.values()))
+            tallies = [evaluate(network, images).tally for images in federation.validation.values()]
+            validation = metrics.means(sum(tallies))
             history.append(summarise(round_, updates, validation, time.perf_counter() - start, federation.source))
             save_progress(folder, checkpoint(network, config, federation.source), server, history, best, validation)
             progress.write(describe(history[-1], config.rounds))
@@ -413,7 +419,7 @@ def evaluate(network, images):
 
 
 def test(network, federation, config, folder, history, best):
-    """Evaluate `best` and `best_small` on in-test and out-test; write tables and pictures. -> content of results.json"""
+    """Evaluate `best` and `best_small` on in-test and out-test, write tables and pictures. -> content of results.json"""
     title = f"{config.method}, {config.model}, fold {config.fold}, seed {config.seed} on {federation.source}"
     splits = {"in_test": federation.in_test.values(), "out_test": [federation.out_test]}
     rows, checkpoints = [], {}
@@ -423,10 +429,11 @@ def test(network, federation, config, folder, history, best):
         checkpoints[name] = {"round": best[name]["round"]}
         for split, parts in evaluations.items():
             checkpoints[name][split] = metrics.means(sum(part.tally for part in parts))
-            checkpoints[name][f"{split}_by_centre"] = {f"C{part.images.centre}": metrics.means(part.tally) for part in parts}
+            by_centre = {f"C{part.images.centre}": metrics.means(part.tally) for part in parts}
+            checkpoints[name][f"{split}_by_centre"] = by_centre
             rows += [row for part in parts for row in score_rows(name, split, part, federation.source)]
         if name == "best":
-            heading = f"{title}\ncheckpoint best (round {best[name]['round']}), test images evenly spaced by size of lesion"
+            heading = f"{title}\nbest (round {best[name]['round']}): test images, evenly spaced by size of lesion"
             everything = [part for parts in evaluations.values() for part in parts]
             write(folder / "predictions.png", metrics.draw_predictions(everything, heading))
     results = {"data": federation.source, "notes": federation.notes, "config": asdict(config), "rounds": len(history),
@@ -434,8 +441,8 @@ def test(network, federation, config, folder, history, best):
     write(folder / "curves.png", metrics.draw_curves(history, title))
     write_csv(folder / "scores.csv", rows)
     write(folder / "results.json", to_json(results))
-    print(f"\n{title}\n{metrics.table(checkpoints)}\n\nin {folder}: results.json, rounds.csv, scores.csv, curves.png, predictions.png, "
-          "best.pt, best_small.pt, last.pt")
+    print(f"\n{title}\n{metrics.table(checkpoints)}\n\nin {folder}: results.json, rounds.csv, scores.csv, curves.png, "
+          "predictions.png, best.pt, best_small.pt, last.pt")
     return results
 
 
@@ -462,7 +469,8 @@ def describe_run(config, federation, device):
         "data": {"source": federation.source, "notes": federation.notes, "images": count_images(federation),
                  "fingerprint": data.fingerprint(federation)},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "versions": {"fedgs": __version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "versions": {"fedgs": __version__, "python": platform.python_version(), "torch": torch.__version__,
+                     "numpy": np.__version__},
     }
 
 
@@ -471,7 +479,7 @@ def check_folder(folder, record, resume):
     path = folder / "config.json"
     if resume and path.exists():
         if changed := compare_records(path, json.loads(to_json(record))):
-            raise RunError(f"{folder} holds another run ({', '.join(changed)}): give its options again, or choose another --out")
+            raise RunError(f"{folder} holds another run ({', '.join(changed)}): give its options, or choose another --out")
         if not (folder / "resume.pt").exists() and (folder / "results.json").exists():
             raise RunError(f"{folder / 'resume.pt'} is missing, so its run cannot go on: choose another --out")
     elif folder.exists() and any(item != path and not is_temporary(item) for item in folder.iterdir()):
@@ -480,14 +488,13 @@ def check_folder(folder, record, resume):
 
 
 def compare_records(path, record):
-    """What keeps the run in path from going on as this one: ["lr 0.001, now 0.01", …]. Raises RunError for a damaged file."""
+    """What keeps the run in path from going on as this one: ["lr 0.001, now 0.01", …]. RunError for a damaged file."""
     try:
         earlier = json.loads(path.read_text())
-        pairs = {name: (earlier["config"][name], value) for name, value in record["config"].items() if name not in FREE_ON_RESUME}
-        pairs |= {name: (earlier["data"][name], value) for name, value in record["data"].items()}
+        pairs = {name: (earlier[part][name], value) for part in ("config", "data") for name, value in record[part].items()}
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is damaged ({error!r}): choose another --out") from error
-    return [f"{name} {old}, now {new}" for name, (old, new) in pairs.items() if old != new]
+    return [f"{name} {old}, now {new}" for name, (old, new) in pairs.items() if old != new and name not in FREE_ON_RESUME]
 
 
 def count_images(federation):
@@ -500,7 +507,7 @@ def count_images(federation):
 def save_progress(folder, weights, server, history, best, validation):
     """Write what a round leaves. resume.pt comes last: until it is there, --resume repeats the round.
 
-    `best` has the highest validation Dice so far, `best_small` the highest Dice_S (Dice, where no validation image is small).
+    `best` has the highest validation Dice so far, `best_small` the highest Dice_S (Dice where no such image is small).
     """
     for name, measure in (("best", "dice"), ("best_small", "dice_s" if validation["dice_s"]["n"] else "dice")):
         if validation[measure]["mean"] > best.get(name, {"score": -1.0})["score"]:
@@ -520,11 +527,11 @@ def load_progress(folder, server, config):
     try:
         state, velocity = tuple(x.to(device) for x in saved["state"]), saved["velocity"].to(device)
         history, best = saved["history"], {name: dict(saved["best"][name]) for name in ("best", "best_small")}
-        shapes = [[x.shape for x in (*tensors, vector)] for tensors, vector in ((state, velocity), (server.state, server.velocity))]
+        fits = [x.shape for x in (*state, velocity)] == [x.shape for x in (*server.state, server.velocity)]
         complete = [row["round"] for row in history] == list(range(1, len(history) + 1))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise RunError(f"{path} is not the state of a run ({error!r})") from error
-    if shapes[0] != shapes[1] or not complete:
+    if not (fits and complete):
         raise RunError(f"{path} is of another network than {config.model} of width {config.width}, or of no whole run")
     if len(history) > config.rounds:
         raise RunError(f"--rounds {config.rounds}: the run in {folder} has {len(history)} rounds already")
@@ -545,12 +552,13 @@ def checkpoint(network, config, source):
 
 
 def read_checkpoint(path):
-    """torch.load of tensors and plain values only. Raises RunError for a missing or damaged file, however it is damaged."""
+    """torch.load of tensors and plain values only. Raises RunError for a missing file and for every kind of damage."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise RunError(f"{path} is missing") from None
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+            pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0] or "it is empty"
         raise RunError(f"{path} is damaged, or no checkpoint: {reason}") from error
 
@@ -564,7 +572,7 @@ def load_weights(network, path):
 
 
 def write(path, content):
-    """Write a file whole or not at all: text, a figure as PNG, or what torch.save takes. Raises OSError where it cannot."""
+    """Write a file whole or not at all: text, a figure as PNG, or what torch.save takes. Raises OSError."""
     file = io.BytesIO()
     if isinstance(content, str):
         file.write(content.encode())
@@ -612,7 +620,8 @@ def configure(given):
     """Options given by name -> Config with the preset's values for the others, and the reason for the preset."""
     preset, why = given.get("preset", "auto"), "as asked"
     if preset == "auto":
-        real, gpu = data.find_polypgen(given.get("data_root", "")) is not None, given.get("device") != "cpu" and torch.cuda.is_available()
+        real = data.find_polypgen(given.get("data_root", "")) is not None
+        gpu = given.get("device") != "cpu" and torch.cuda.is_available()
         preset = "paper" if real and gpu else "quick"
         why = f"{'real' if real else 'no real'} data and {'a' if gpu else 'no'} GPU"
     return Config(**{**PRESETS[preset], **given, "preset": preset}), why
@@ -620,15 +629,15 @@ def configure(given):
 
 def header(config, why, root, federation, flat, device, folder):
     """What was chosen, why, and how to change it."""
-    where = f"in {root}" if root else (f"procedural images, not PolypGen (for PolypGen put data_C1 to data_C6 into datasets/{config.dataset} "
-                                       "or name their folder with --data-root)")
+    where = f"in {root}" if root else ("procedural images, not PolypGen (for PolypGen put data_C1 to data_C6 into "
+                                       f"datasets/{config.dataset} or name their folder with --data-root)")
     lines = {
         "method": f"{config.method} with {config.model}, {flat.parameters.numel():,} parameters (width {config.width})",
         "data": "; ".join([f"{federation.source}, {where}", *federation.notes]),
-        "images": ", ".join(f"{k} {n}" for k, n in count_images(federation).items()) + " (training + validation + test)",
+        "images": ", ".join(f"{k} {n}" for k, n in count_images(federation).items()) + " (train + validation + test)",
         "preset": f"{config.preset} ({why}); choose with --preset paper or quick, any option given overrides it",
-        "training": f"{config.rounds} rounds x {config.local_epochs} epochs, batch {config.batch_size}, {config.image_size}x{config.image_size}, "
-                    f"lr {config.lr:g}, server lr {config.server_lr:g}, seed {config.seed}, on {device}",
+        "training": f"{config.rounds} rounds x {config.local_epochs} epochs, batch {config.batch_size}, "
+                    f"{config.image_size}x{config.image_size}, lr {config.lr:g}, server lr {config.server_lr:g}, seed {config.seed}, on {device}",
         "folder": str(folder),
     }
     return "\n".join(f"{name:<9}{text}" for name, text in lines.items())
@@ -643,8 +652,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse(arguments=None):
     """Command line -> {name: value} of the options given."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
-                    allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in fields(Config):
         how = dict(f.metadata)
         if isinstance(f.default, bool):
@@ -671,7 +680,7 @@ def main(arguments=None):
         print("fedgs.py: error: out of memory: choose a smaller --batch-size, --image-size or --width", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nfedgs.py: interrupted; the same command with --resume goes on after the last complete round", file=sys.stderr)
+        print("\nfedgs.py: interrupted; the same command with --resume goes on from the last whole round", file=sys.stderr)
         return 130
     return 0
 

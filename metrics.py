@@ -132,7 +132,7 @@ def draw_predictions(evaluations, title, count=5):
     """
     from matplotlib.lines import Line2D
 
-    kinds = {"small lesion": spaced_by_size(evaluations, True, count), "no small lesion": spaced_by_size(evaluations, False, count)}
+    kinds = {kind: spaced_by_size(evaluations, small, count) for kind, small in (("small lesion", True), ("no small lesion", False))}
     kinds = {kind: chosen for kind, chosen in kinds.items() if chosen}
     columns = max(map(len, kinds.values()), default=1)
     figure, grid = new_figure(title, max(len(kinds), 1), columns, (2.6 * columns, 2.95 * max(len(kinds), 1) + 0.7))
