@@ -144,8 +144,8 @@ def draw_predictions(evaluations, title, count=5):
             axes.imshow(images.images[i].permute(1, 2, 0).numpy())
             outline(axes, images.masks[i, 0].numpy(), "white", "solid")
             outline(axes, evaluation.predicted[i, 0].numpy(), SKY, "dashed")
-            facts = f"1/a = {images.inverse_area[i]:.0f}, Dice {evaluation.dice[i]:.2f}"
-            axes.set_title(f"{kind}: C{images.centre} {images.names[i]}\n{facts}", fontsize=7)
+            facts = f"{kind}, C{images.centre}, 1/a = {images.inverse_area[i]:.0f}, Dice {evaluation.dice[i]:.2f}"
+            axes.set_title(f"{images.names[i]}\n{facts}", fontsize=7)
     key = [Line2D([], [], color="white", label="truth"), Line2D([], [], color=SKY, ls="--", label="prediction")]
     figure.legend(handles=key, loc="outside lower center", ncols=2, fontsize=8, facecolor="0.4", labelcolor="white")
     return figure
