@@ -189,9 +189,10 @@ def read_size_flags(root, centre):
     path = root / "metadata" / f"my_dataDetails_C{centre}.csv"
     flags, truth = {}, {"true": True, "1": True, "false": False, "0": False}
     for row in read_table(path, ("img_name", "small_polyp")) if path.exists() else []:
-        if row["small_polyp"].strip().lower() not in truth:
+        small = row["small_polyp"].strip().lower()
+        if small not in truth:
             raise DataError(f"{path}: small_polyp of {row['img_name']} is {row['small_polyp']!r}, neither True nor False")
-        flags[PureWindowsPath(row["img_name"]).name] = truth[row["small_polyp"].strip().lower()]  # either kind of slash
+        flags[PureWindowsPath(row["img_name"]).name] = truth[small]  # either kind of slash
     return flags
 
 

@@ -273,7 +273,7 @@ def train_client(flat, server, images, config, round_, progress=None):
                 progress.update()
     if config.method == "fedavg":
         delta = server.state[0] - flat.parameters
-    _, buffers, counters = flat.state()
+    buffers, counters = flat.buffers.clone(), flat.counters.clone()
     return Update(images.centre, delta, buffers, counters, step, len(images), loss_sum / step, eta_sum, scaled)
 
 

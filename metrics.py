@@ -134,8 +134,8 @@ def draw_predictions(evaluations, title, count=5):
 
     kinds = {kind: spaced_by_size(evaluations, small, count) for kind, small in (("small lesion", True), ("no small lesion", False))}
     kinds = {kind: chosen for kind, chosen in kinds.items() if chosen}
-    columns = max(map(len, kinds.values()), default=1)
-    figure, grid = new_figure(title, max(len(kinds), 1), columns, (2.6 * columns, 2.95 * max(len(kinds), 1) + 0.7))
+    lines, columns = max(len(kinds), 1), max(map(len, kinds.values()), default=1)
+    figure, grid = new_figure(title, lines, columns, (2.6 * columns, 2.95 * lines + 0.7))
     for axes in grid.flat:
         axes.set_axis_off()
     for line, (kind, chosen) in zip(grid, kinds.items()):
