@@ -32,8 +32,10 @@ import pickle
 import platform
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -84,6 +86,9 @@ class Config:
     out_centre: int = option(6, "centre that is held out for testing")
     seed: int = option(0, "seed of initial weights, batches and augmentation")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
+    kernels: str = option("auto", "what computes difficulty, step and aggregation: compiled kernels for the device, or the "
+                          "PyTorch lines that define them; auto: compiled if they are here",
+                          choices=("auto", "cuda", "cpp", "torch"))
     data_root: str = option("", "folder of the data set, or stand-in for procedural images; default: datasets/<dataset> "
                             "if it is there, else the stand-in")
     out: str = option("", "folder of the run; default: runs/<dataset>-<method>-<model>-f<fold>-s<seed>")
@@ -94,7 +99,7 @@ PRESETS = {
     "paper": {},
     "quick": dict(rounds=7, local_epochs=1, image_size=80, width=8, lr=1e-3),  # two to three minutes on two CPU cores
 }
-FREE_ON_RESUME = {"preset", "rounds", "device", "data_root", "out", "resume"}  # what a round computes is the same
+FREE_ON_RESUME = {"preset", "rounds", "device", "kernels", "data_root", "out", "resume"}  # a round stays what it was
 
 
 def check(config):
@@ -169,6 +174,38 @@ def aggregate(theta, updates, weights, server_lr=1.0):
     return new, norms, norms.isfinite()  # a sum of squares is finite exactly where all its terms are
 
 
+class Kernels(NamedTuple):
+    """The three operations above, as one implementation of them."""
+
+    name: str
+    mask_difficulty: Callable
+    adamw_accumulate_: Callable
+    aggregate: Callable
+
+
+PYTORCH = Kernels("torch", mask_difficulty, adamw_accumulate_, aggregate)
+
+
+def choose_kernels(wanted, device):
+    """--kernels, for a device -> Kernels, and what to say of the choice. Raises RunError for kernels that cannot run."""
+    if wanted == "torch":
+        return PYTORCH, "torch, as asked"
+    name = "cuda" if device.type == "cuda" else "cpp"
+    if wanted not in ("auto", name):
+        raise RunError(f"--kernels {wanted}: not for device {device.type}, choose {name}, torch or auto")
+    try:
+        import csrc
+
+        problem = csrc.problem(device)
+    except ImportError as error:
+        problem = f"csrc is not compiled ({error}); `pip install -v -e .` does it, or says what is missing"
+    if not problem:
+        return Kernels(name, csrc.mask_difficulty, csrc.adamw_accumulate_, csrc.aggregate), f"{name}, compiled from csrc"
+    if wanted == name:
+        raise RunError(f"--kernels {wanted}: {problem}")
+    return PYTORCH, f"torch: {problem}"
+
+
 # ---------------------------------------------------------------------------------- a network as vectors
 
 
@@ -237,7 +274,7 @@ class Update:
     scaled: torch.Tensor  # number of steps with eta > 1
 
 
-def train_client(flat, server, images, config, round_, progress=None):
+def train_client(flat, server, images, config, round_, kernels=PYTORCH, progress=None):
     """A client's part of a round: local epochs of AdamW from the server's state. -> Update
 
     flat: the FlatNetwork to work in; images: data.Images on its device. All randomness follows from
@@ -248,7 +285,7 @@ def train_client(flat, server, images, config, round_, progress=None):
     device, per_epoch = flat.parameters.device, len(images) // config.batch_size
     flat.load(server.state)
     flat.network.train()
-    m, v, delta = torch.zeros(3, flat.parameters.numel(), device=device)
+    m, v, delta = (torch.zeros_like(flat.parameters) for _ in range(3))
     loss_sum, eta_sum, scaled = torch.zeros(3, device=device)
     step = 0
     for _ in range(config.local_epochs):
@@ -261,11 +298,11 @@ def train_client(flat, server, images, config, round_, progress=None):
             loss.backward()
             step += 1
             if config.method == "fedgs":
-                _, _, eta = mask_difficulty(y, images.small[batch], config.log_base)
-                adamw_accumulate_(flat.parameters, flat.grad, m, v, step, config.lr, delta, eta)
+                _, _, eta = kernels.mask_difficulty(y, images.small[batch], config.log_base)
+                kernels.adamw_accumulate_(flat.parameters, flat.grad, m, v, step, config.lr, delta, eta)
             else:
                 eta = torch.ones((), device=device)
-                adamw_accumulate_(flat.parameters, flat.grad, m, v, step, config.lr)
+                kernels.adamw_accumulate_(flat.parameters, flat.grad, m, v, step, config.lr)
             loss_sum += loss.detach()
             eta_sum += eta
             scaled += eta > 1
@@ -283,9 +320,10 @@ def train_client(flat, server, images, config, round_, progress=None):
 class Server:
     """The server's state (parameters, buffers, counters) and, with momentum, its velocity."""
 
-    def __init__(self, flat):
+    def __init__(self, flat, kernels=PYTORCH):
         self.state = flat.state()
         self.velocity = torch.zeros_like(self.state[0])
+        self.aggregate = kernels.aggregate
 
     def apply(self, updates, config, round_):
         """Replace the state by the aggregate of the clients' updates.
@@ -300,12 +338,12 @@ class Server:
         theta, buffers, counters = self.state
         deltas, velocity = [u.delta for u in updates], self.velocity
         if config.server_momentum:  # a server_lr of -1 turns the aggregate into a sum
-            velocity, _, finite = aggregate(config.server_momentum * velocity, deltas, weights, server_lr=-1.0)
+            velocity, _, finite = self.aggregate(config.server_momentum * velocity, deltas, weights, server_lr=-1.0)
             theta = theta - config.server_lr * velocity
         else:
-            theta, _, finite = aggregate(theta, deltas, weights, config.server_lr)
+            theta, _, finite = self.aggregate(theta, deltas, weights, config.server_lr)
         nothing, theirs = torch.zeros_like(buffers), [u.buffers for u in updates]
-        buffers, _, buffers_finite = aggregate(nothing, theirs, weights, server_lr=-1.0)
+        buffers, _, buffers_finite = self.aggregate(nothing, theirs, weights, server_lr=-1.0)
         losses_finite = torch.stack([u.loss for u in updates]).isfinite()
         bad = [f"C{u.centre}" for u, fine in zip(updates, finite & buffers_finite & losses_finite) if not fine]
         if bad:
@@ -338,15 +376,16 @@ def run(config, why="as given"):
             raise RunError(f"centre {centre} has {len(images)} training images, less than --batch-size {config.batch_size}")
     if not any(len(images) for images in federation.validation.values()):
         raise RunError(f"--split {config.split} leaves no validation images: the centres have too few images")
-    record = describe_run(config, federation, device)
+    kernels, which_kernels = choose_kernels(config.kernels, device)
+    record = describe_run(config, federation, device, kernels)
     check_folder(folder, record, config.resume)
     network = build_network(config).to(device)
     flat = FlatNetwork(network)
-    server = Server(flat)
+    server = Server(flat, kernels)
     history, best = load_progress(folder, server, config) if config.resume else ([], {})
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "config.json", to_json(record))
-    print(header(config, why, root, federation, flat, device, folder), flush=True)
+    print(header(config, why, root, federation, flat, device, which_kernels, folder), flush=True)
 
     clients = [images.to(device) for images in federation.train.values()]
     steps = sum(len(images) // config.batch_size for images in clients) * config.local_epochs
@@ -355,7 +394,7 @@ def run(config, why="as given"):
         for round_ in range(len(history) + 1, config.rounds + 1):
             start = time.perf_counter()
             progress.set_description(f"round {round_}/{config.rounds}")
-            updates = [train_client(flat, server, images, config, round_, progress) for images in clients]
+            updates = [train_client(flat, server, images, config, round_, kernels, progress) for images in clients]
             server.apply(updates, config, round_)
             flat.load(server.state)
             tallies = [evaluate(network, images).tally for images in federation.validation.values()]
@@ -462,13 +501,14 @@ def run_folder(config):
     return Path(config.out or f"runs/{config.dataset}-{config.method}-{config.model}-f{config.fold}-s{config.seed}")
 
 
-def describe_run(config, federation, device):
-    """What config.json says: options, data (with a fingerprint of every image), device, versions."""
+def describe_run(config, federation, device, kernels):
+    """What config.json says: options, data (with a fingerprint of every image), device, kernels, versions."""
     return {
         "config": asdict(config),
         "data": {"source": federation.source, "notes": federation.notes, "images": count_images(federation),
                  "fingerprint": data.fingerprint(federation)},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "kernels": kernels.name,
         "versions": {"fedgs": __version__, "python": platform.python_version(), "torch": torch.__version__,
                      "numpy": np.__version__},
     }
@@ -627,7 +667,7 @@ def configure(given):
     return Config(**{**PRESETS[preset], **given, "preset": preset}), why
 
 
-def header(config, why, root, federation, flat, device, folder):
+def header(config, why, root, federation, flat, device, which_kernels, folder):
     """What was chosen, why, and how to change it."""
     where = f"in {root}" if root else ("procedural images, not PolypGen (for PolypGen put data_C1 to data_C6 into "
                                        f"datasets/{config.dataset} or name their folder with --data-root)")
@@ -638,6 +678,7 @@ def header(config, why, root, federation, flat, device, folder):
         "preset": f"{config.preset} ({why}); choose with --preset paper or quick, any option given overrides it",
         "training": f"{config.rounds} rounds x {config.local_epochs} epochs, batch {config.batch_size}, "
                     f"{config.image_size}x{config.image_size}, lr {config.lr:g}, server lr {config.server_lr:g}, seed {config.seed}, on {device}",
+        "kernels": which_kernels,
         "folder": str(folder),
     }
     return "\n".join(f"{name:<9}{text}" for name, text in lines.items())

@@ -10,7 +10,7 @@ import torch
 
 import data
 import fedgs
-from fedgs import FlatNetwork, RunError, Server, Update, adamw_accumulate_, aggregate, mask_difficulty, train_client
+from fedgs import PYTORCH, FlatNetwork, RunError, Server, Update, adamw_accumulate_, aggregate, mask_difficulty, train_client
 from models import UTNet
 
 # ------------------------------------------------------------------------------------------ difficulty
@@ -154,12 +154,12 @@ def test_vectors_are_the_network(flat, generator):
     assert all((p == 0).all() for p in flat.network.parameters())
 
 
-def test_scale_one_is_parameter_averaging(flat, generator, monkeypatch):
+def test_scale_one_is_parameter_averaging(flat, generator):
     """FedGS with eta = 1, no weight decay and equal weights is FedAvg of parameters."""
-    monkeypatch.setattr(fedgs, "adamw_accumulate_", functools.partial(adamw_accumulate_, weight_decay=0.0))
+    no_decay = PYTORCH._replace(adamw_accumulate_=functools.partial(adamw_accumulate_, weight_decay=0.0))
     server, updates, trained = Server(flat), [], []
     for centre in (1, 2, 3):
-        updates.append(train_client(flat, server, client_images(centre, 4, generator, small=False), CONFIG, 1))
+        updates.append(train_client(flat, server, client_images(centre, 4, generator, small=False), CONFIG, 1, no_decay))
         trained.append(flat.parameters.clone())
     assert all(u.eta == u.steps == 4 and u.scaled == 0 for u in updates)
     server.apply(updates, CONFIG, 1)
@@ -185,11 +185,11 @@ def test_difficulty_is_of_what_the_network_sees(flat, generator, monkeypatch):
         mask.zero_()[:, 10 : 12 + 3 * i, 10:16] = 1  # areas tell the images apart
     images.small[:] = torch.tensor([True, False, True, False])
     masks_of_loss, calls = [], []
-    loss, difficulty = fedgs.metrics.soft_dice_loss, mask_difficulty
+    loss = fedgs.metrics.soft_dice_loss
     monkeypatch.setattr(fedgs.metrics, "soft_dice_loss", lambda logits, y: masks_of_loss.append(y) or loss(logits, y))
-    monkeypatch.setattr(fedgs, "mask_difficulty", lambda *given: calls.append(given) or difficulty(*given))
+    kernels = PYTORCH._replace(mask_difficulty=lambda *given: calls.append(given) or mask_difficulty(*given))
     monkeypatch.setattr(fedgs.data, "augment", lambda x, y, draws: (x, y.flip(3)))  # areas stay, places do not
-    train_client(flat, Server(flat), images, dataclasses.replace(CONFIG, log_base=321.0), 1)
+    train_client(flat, Server(flat), images, dataclasses.replace(CONFIG, log_base=321.0), 1, kernels)
     assert len(calls) == 4
     for y, (masks, small, log_base) in zip(masks_of_loss, calls, strict=True):
         number = (masks.flatten(1).sum(1) // 6 - 2) // 3  # which images these are
