@@ -368,6 +368,7 @@ def run(config, why="as given"):
     check(config)
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = True  # a CPU is repeatable as it is; this is cuDNN's part of it on a GPU
+    kernels, which_kernels = choose_kernels(config.kernels, device)
     root, folder = data.find_polypgen(config.data_root), run_folder(config)
     federation = data.polypgen(root, config.centres, config.out_centre, config.image_size, config.tau, config.split,
                                config.fold)
@@ -376,7 +377,6 @@ def run(config, why="as given"):
             raise RunError(f"centre {centre} has {len(images)} training images, less than --batch-size {config.batch_size}")
     if not any(len(images) for images in federation.validation.values()):
         raise RunError(f"--split {config.split} leaves no validation images: the centres have too few images")
-    kernels, which_kernels = choose_kernels(config.kernels, device)
     record = describe_run(config, federation, device, kernels)
     check_folder(folder, record, config.resume)
     network = build_network(config).to(device)
