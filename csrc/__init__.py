@@ -21,7 +21,7 @@ def problem(device):
         return ""
     if not hasattr(_kernels, "cuda_problem"):
         return "csrc was compiled without CUDA, as nvcc was not found: `pip install -e .` compiles it again"
-    return _kernels.cuda_problem(torch.cuda.current_device() if device.index is None else device.index) or ""
+    return _kernels.cuda_problem(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def mask_difficulty(masks, small, log_base):
@@ -61,6 +61,7 @@ def adamw_accumulate_(theta, grad, m, v, step, lr, delta=None, eta=None,
     """
     vectors = {"theta": theta, "grad": grad, "m": m, "v": v} | ({} if delta is None else {"delta": delta})
     check_vectors(vectors, theta)
+    check_apart(vectors | ({} if eta is None else {"eta": eta}))
     require((delta is None) == (eta is None), "delta and eta go together")
     if eta is not None:
         require(eta.shape == () and eta.dtype == torch.float32, f"eta must be 0-dim float32, not {eta.dtype} {tuple(eta.shape)}")
@@ -83,7 +84,7 @@ def aggregate(theta, updates, weights, server_lr=1.0):
     """
     require(len(updates) > 0, "updates is empty: there is nothing to aggregate")
     require(len(weights) == len(updates), f"weights must be {len(updates)} numbers, one an update, not {len(weights)}")
-    check_vectors({"theta": theta} | {f"updates[{k}]": update for k, update in enumerate(updates)}, theta, read_only=True)
+    check_vectors({"theta": theta} | {f"updates[{k}]": update for k, update in enumerate(updates)}, theta)
     new = torch.empty_like(theta)
     norms = torch.empty(len(updates), dtype=torch.float64, device=theta.device)
     given = (theta.data_ptr(), [update.data_ptr() for update in updates], [server_lr * weight for weight in weights],
@@ -104,18 +105,21 @@ def require(condition, message):
         raise ValueError(message)
 
 
-def check_vectors(vectors, like, read_only=False):
-    """Whether {name: tensor} are contiguous float32 vectors of one size and device; unless read only, also apart in memory."""
+def check_vectors(vectors, like):
+    """Whether {name: tensor} are contiguous float32 vectors of one size and device."""
     for name, x in vectors.items():
         require(x.dtype == torch.float32, f"{name} must be float32, not {x.dtype}")
         require(x.ndim == 1 and x.is_contiguous(), f"{name} must be a contiguous vector, not of shape {tuple(x.shape)}, "
                 f"strides {x.stride()}")
         require(x.numel() == like.numel(), f"{name} has {x.numel()} elements, theta {like.numel()}")
         require(x.device == like.device, f"{name} is on {x.device}, theta on {like.device}")
-    if not read_only:
-        spans = sorted((x.data_ptr(), name) for name, x in vectors.items())
-        for (start, name), (following, other) in zip(spans, spans[1:]):
-            require(start + 4 * like.numel() <= following or not like.numel(), f"{name} and {other} share memory")
+
+
+def check_apart(tensors):
+    """Whether no two of {name: tensor} overlap in memory."""
+    spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes, name) for name, x in tensors.items() if x.numel())
+    for (_, end, name), (start, _, other) in zip(spans, spans[1:]):
+        require(end <= start, f"{name} and {other} share memory")
 
 
 def on_cpu(x, name):

@@ -23,9 +23,9 @@ FEDGS_FN Range piece(int64_t index, int64_t size, int64_t n) {
 }
 
 // Difficulty of an image, tanh(log_l(1/a)^2), a = area / pixels; 0 where its lesion is not small, or out of view.
-FEDGS_FN float difficulty(int64_t area, int64_t pixels, bool small, double log_base) {
+FEDGS_FN float difficulty(int64_t area, int64_t pixels, bool small, double log_of_base) {
     if (!small || area == 0) return 0.0f;
-    const double power = std::log(double(pixels) / double(area)) / std::log(log_base);
+    const double power = std::log(double(pixels) / double(area)) / log_of_base;
     return float(std::tanh(power * power));
 }
 

@@ -1,6 +1,8 @@
 // The kernels' prototypes: raw pointers, 64-bit sizes, and for CUDA a device and its stream. No header of torch.
 #pragma once
 
+#include <string>
+
 #include "fedgs_math.h"
 
 namespace fedgs {
@@ -23,7 +25,7 @@ void aggregate_cpu(const float* theta, const float* const* updates, const float*
 // They throw std::runtime_error with CUDA's message if a launch fails.
 namespace cuda {
 
-const char* problem(int device);  // why kernels cannot run on this device, or null
+std::string problem(int device);  // why kernels cannot run on this device; empty where they can
 
 // partial: mask_partials(...) ints; ticket: one unsigned, 0 before the first call on a stream, and 0 again after each.
 int64_t mask_partials(Pixel pixel, int64_t images, int64_t pixels);
@@ -34,7 +36,7 @@ void adamw_accumulate(float* theta, const float* grad, float* m, float* v, float
                       const AdamW& adam, int device, void* stream);
 
 // partial: clients * AGGREGATE_BLOCKS doubles.
-constexpr int AGGREGATE_BLOCKS = 1024;
+constexpr int AGGREGATE_BLOCKS = 1056;  // 8 for each of an H200's 132 multiprocessors
 void aggregate(const float* theta, const float* const* updates, const float* weights, int clients, int64_t n, float* out,
                double* norms, double* partial, int device, void* stream);
 

@@ -95,7 +95,7 @@ void mask_difficulty_cpu(const void* masks, Pixel pixel, const bool* small, int6
     if (pixel == Pixel::float32) count_areas(static_cast<const float*>(masks), images, pixels, area, threads);
     if (pixel == Pixel::int64) count_areas(static_cast<const int64_t*>(masks), images, pixels, area, threads);
     double sum = 0;
-    for (int64_t i = 0; i < images; ++i) sum += delta[i] = difficulty(area[i], pixels, small[i], log_base);
+    for (int64_t i = 0; i < images; ++i) sum += delta[i] = difficulty(area[i], pixels, small[i], std::log(log_base));
     *eta = step_scale(sum, images);
 }
 

@@ -39,23 +39,34 @@ __device__ T warp_sum(T value) {
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 void check(cudaError_t error) {
-    if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // forgotten, or the next launch would be blamed for it
+    throw std::runtime_error(cudaGetErrorString(error));
 }
 
 // Makes a device the current one for as long as this lives.
 struct OnDevice {
-    int before = 0;
-    explicit OnDevice(int device) {
+    int device, before = 0;
+    explicit OnDevice(int device) : device(device) {
         check(cudaGetDevice(&before));
-        check(cudaSetDevice(device));
+        if (before != device) check(cudaSetDevice(device));
     }
-    ~OnDevice() { cudaSetDevice(before); }
+    ~OnDevice() {
+        if (before != device) cudaSetDevice(before);
+    }
 };
+
+// How many blocks it takes, as CUDA counts them.
+unsigned blocks_for(int64_t n, int64_t per_block) {
+    const int64_t blocks = (n + per_block - 1) / per_block;
+    if (blocks > INT32_MAX) throw std::runtime_error("too large for one launch");
+    return unsigned(std::max<int64_t>(blocks, 1));
+}
 
 // ------------------------------------------------------------------------------------------- mask_difficulty
 
-constexpr int LOADS = 8;                           // 16-byte loads that each thread has under way
-constexpr int MASK_BYTES = THREADS * LOADS * 16;   // what a block reads
+constexpr int LOADS = 4;                          // 16-byte loads that each thread has under way
+constexpr int MASK_BYTES = THREADS * LOADS * 16;  // what a block reads
 
 // How many of the 16 bytes' pixels are not 0.
 __device__ int count_nonzero(uint4 x, const uint8_t*) {
@@ -93,7 +104,7 @@ __device__ int count_share(const T* masks, int n) {
 template <class T>
 __global__ void __launch_bounds__(THREADS)
 mask_difficulty_kernel(const T* __restrict__ masks, const bool* __restrict__ small, int64_t images, int64_t pixels,
-                       int per_image, double log_base, int64_t* area, float* delta, float* eta, int* partial,
+                       int per_image, double log_of_base, int64_t* area, float* delta, float* eta, int* partial,
                        unsigned* ticket) {
     __shared__ int counts[WARPS];
     __shared__ bool last;
@@ -113,19 +124,19 @@ mask_difficulty_kernel(const T* __restrict__ masks, const bool* __restrict__ sma
         }
         __threadfence();  // the count is there before the ticket says so
         last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+        __threadfence();  // and whoever took the last ticket sees all counts
     }
     __syncthreads();
     if (!last) return;
-    __threadfence();
     for (int64_t image = warp; image < images; image += WARPS) {
         int64_t sum = 0;
         for (int i = lane; i < per_image; i += 32) sum += __ldcg(partial + image * per_image + i);
         sum = warp_sum(sum);
-        if (lane == 0) {
-            area[image] = sum;
-            delta[image] = difficulty(sum, pixels, small[image], log_base);
-        }
+        if (lane == 0) area[image] = sum;
     }
+    __syncthreads();
+    for (int64_t image = threadIdx.x; image < images; image += THREADS)
+        delta[image] = difficulty(area[image], pixels, small[image], log_of_base);
     __syncthreads();
     if (threadIdx.x == 0) {
         double sum = 0;
@@ -145,9 +156,8 @@ template <class T>
 void launch_mask_difficulty(const void* masks, const bool* small, int64_t images, int64_t pixels, int per_image,
                             double log_base, int64_t* area, float* delta, float* eta, int* partial, unsigned* ticket,
                             cudaStream_t stream) {
-    const auto blocks = unsigned(std::max<int64_t>(images * per_image, 1));  // one for eta alone if there is no image
-    mask_difficulty_kernel<<<blocks, THREADS, 0, stream>>>(static_cast<const T*>(masks), small, images, pixels, per_image,
-                                                           log_base, area, delta, eta, partial, ticket);
+    mask_difficulty_kernel<<<blocks_for(images * per_image, 1), THREADS, 0, stream>>>(  // without images, one for eta
+        static_cast<const T*>(masks), small, images, pixels, per_image, std::log(log_base), area, delta, eta, partial, ticket);
 }
 
 }  // namespace
@@ -170,17 +180,18 @@ void mask_difficulty(const void* masks, Pixel pixel, const bool* small, int64_t 
 namespace {
 
 template <int WIDTH, bool ACCUMULATE>
-__device__ void step(float* theta, const float* grad, float* m, float* v, float* delta, float eta, const AdamW& adam) {
-    Floats<WIDTH> t = load<WIDTH>(theta), first = load<WIDTH>(m), second = load<WIDTH>(v), d;
-    const Floats<WIDTH> g = load<WIDTH>(grad);
-    if (ACCUMULATE) d = load<WIDTH>(delta);
+__device__ void step(float* theta, const float* grad, float* m, float* v, float* delta, float eta, int64_t at,
+                     const AdamW& adam) {
+    Floats<WIDTH> t = load<WIDTH>(theta + at), first = load<WIDTH>(m + at), second = load<WIDTH>(v + at), d;
+    const Floats<WIDTH> g = load<WIDTH>(grad + at);
+    if (ACCUMULATE) d = load<WIDTH>(delta + at);
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) {
         const float s = adamw(t.x[i], g.x[i], first.x[i], second.x[i], adam);
         if (ACCUMULATE) d.x[i] += eta * s;
     }
-    store(theta, t), store(m, first), store(v, second);
-    if (ACCUMULATE) store(delta, d);
+    store(theta + at, t), store(m + at, first), store(v + at, second);
+    if (ACCUMULATE) store(delta + at, d);
 }
 
 // One thread steps WIDTH parameters; the last thread those that are left over.
@@ -190,19 +201,17 @@ adamw_kernel(float* __restrict__ theta, const float* __restrict__ grad, float* _
              float* __restrict__ delta, const float* __restrict__ eta, int64_t n, AdamW adam) {
     const float scale = ACCUMULATE ? *eta : 0.0f;
     const Range range = piece(int64_t(blockIdx.x) * THREADS + threadIdx.x, WIDTH, n);
-    int64_t i = range.begin;
-    if (i + WIDTH <= n)
-        step<WIDTH, ACCUMULATE>(theta + i, grad + i, m + i, v + i, delta + i, scale, adam);
+    if (range.begin + WIDTH <= n)
+        step<WIDTH, ACCUMULATE>(theta, grad, m, v, delta, scale, range.begin, adam);
     else if (WIDTH > 1)
-        for (; i < range.end; ++i) step<1, ACCUMULATE>(theta + i, grad + i, m + i, v + i, delta + i, scale, adam);
+        for (int64_t i = range.begin; i < range.end; ++i) step<1, ACCUMULATE>(theta, grad, m, v, delta, scale, i, adam);
 }
 
 template <int WIDTH>
 void launch_adamw(float* theta, const float* grad, float* m, float* v, float* delta, const float* eta, int64_t n,
                   const AdamW& adam, cudaStream_t stream) {
-    const auto blocks = unsigned((n + THREADS * WIDTH - 1) / (THREADS * WIDTH));
     const auto kernel = delta ? adamw_kernel<WIDTH, true> : adamw_kernel<WIDTH, false>;
-    kernel<<<blocks, THREADS, 0, stream>>>(theta, grad, m, v, delta, eta, n, adam);
+    kernel<<<blocks_for(n, THREADS * WIDTH), THREADS, 0, stream>>>(theta, grad, m, v, delta, eta, n, adam);
 }
 
 }  // namespace
@@ -266,22 +275,22 @@ aggregate_kernel(const float* theta, const __grid_constant__ Clients clients, in
         for (int k = 0; k < clients.count; ++k) {
 #pragma unroll
             for (int p = 0; p < PACKS; ++p) x[p] = load_within<WIDTH>(clients.updates[k], start + p * THREADS * WIDTH, n);
-            double square = 0;
+            double squares[PACKS] = {};  // several chains of additions
 #pragma unroll
             for (int p = 0; p < PACKS; ++p)
 #pragma unroll
                 for (int j = 0; j < WIDTH; ++j) {
                     sum[p].x[j] -= clients.weights[k] * x[p].x[j];
-                    square += double(x[p].x[j]) * double(x[p].x[j]);
+                    squares[p] += double(x[p].x[j]) * double(x[p].x[j]);
                 }
-            square = warp_sum(square);
+            const double square = warp_sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
             if (lane == 0) sums[k][warp] += square;
         }
 #pragma unroll
         for (int p = 0; p < PACKS; ++p) store_within(out, sum[p], start + p * THREADS * WIDTH, n);
     }
     __syncthreads();
-    if (threadIdx.x < clients.count) {
+    if (int(threadIdx.x) < clients.count) {
         double square = 0;
         for (int i = 0; i < WARPS; ++i) square += sums[threadIdx.x][i];
         partial[int64_t(threadIdx.x) * gridDim.x + blockIdx.x] = square;
@@ -304,32 +313,38 @@ void aggregate(const float* theta, const float* const* updates, const float* wei
     const auto stream = static_cast<cudaStream_t>(stream_);
     const bool wide = aligned(theta) && aligned(out) && std::all_of(updates, updates + clients, aligned);
     const auto kernel = wide ? aggregate_kernel<4> : aggregate_kernel<1>;
-    const int64_t tiles = (n + THREADS * PACKS - 1) / (THREADS * PACKS);
-    const int blocks = int(std::clamp<int64_t>(tiles, 1, AGGREGATE_BLOCKS));
+    const unsigned blocks = std::min<unsigned>(blocks_for(n, THREADS * PACKS * (wide ? 4 : 1)), AGGREGATE_BLOCKS);
     for (int first = 0; first < clients; first += GROUP) {  // more than 32 clients go on from out
         Clients group{};
         group.count = std::min(clients - first, GROUP);
         std::copy_n(updates + first, group.count, group.updates);
         std::copy_n(weights + first, group.count, group.weights);
         double* sums = partial + int64_t(first) * blocks;
-        kernel<<<unsigned(blocks), THREADS, 0, stream>>>(first ? out : theta, group, n, out, sums);
+        kernel<<<blocks, THREADS, 0, stream>>>(first ? out : theta, group, n, out, sums);
         check(cudaGetLastError());
-        norms_kernel<<<unsigned(group.count), 32, 0, stream>>>(sums, blocks, norms + first);
+        norms_kernel<<<unsigned(group.count), 32, 0, stream>>>(sums, int(blocks), norms + first);
         check(cudaGetLastError());
     }
 }
 
 // --------------------------------------------------------------------------------------------------- devices
 
-const char* problem(int device) {
+std::string problem(int device) {
     cudaFuncAttributes attributes;
     try {
         const OnDevice guard(device);
+        // Asking for a kernel's attributes loads it: none has to be loaded while a graph is captured.
+        check(cudaFuncGetAttributes(&attributes, mask_difficulty_kernel<uint8_t>));
+        check(cudaFuncGetAttributes(&attributes, mask_difficulty_kernel<float>));
+        check(cudaFuncGetAttributes(&attributes, mask_difficulty_kernel<int64_t>));
+        for (const auto kernel : {adamw_kernel<1, false>, adamw_kernel<1, true>, adamw_kernel<4, false>, adamw_kernel<4, true>})
+            check(cudaFuncGetAttributes(&attributes, kernel));
+        for (const auto kernel : {aggregate_kernel<1>, aggregate_kernel<4>}) check(cudaFuncGetAttributes(&attributes, kernel));
         check(cudaFuncGetAttributes(&attributes, norms_kernel));
-    } catch (const std::runtime_error&) {
-        return cudaGetErrorString(cudaGetLastError());
+    } catch (const std::runtime_error& error) {
+        return error.what();
     }
-    return nullptr;
+    return "";
 }
 
 }  // namespace fedgs::cuda

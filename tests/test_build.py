@@ -46,10 +46,11 @@ def test_kernels_can_be_left_out(checkout):
 
 @needs_compiler
 def test_a_build_that_fails_shows_the_command_and_the_way_out(checkout):
-    result = build(checkout, FEDGS_KERNELS="cpp", CXXFLAGS="-include no_such_header.h")
+    (checkout / "csrc" / "kernels.h").write_text("#error an edit that went wrong\n")
+    result = build(checkout, FEDGS_KERNELS="cpp")
     assert result.returncode != 0 and not compiled(checkout)
-    assert "FEDGS_KERNELS=torch" in result.stderr and "-c csrc/kernels_cpu.cpp" in result.stdout
-    assert "no_such_header.h: No such file" in result.stdout
+    assert "FEDGS_KERNELS=torch" in result.stderr and re.search(r"-c csrc/(kernels_cpu|bindings).cpp", result.stdout)
+    assert "an edit that went wrong" in result.stdout and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("variable, value", [("FEDGS_KERNELS", "fast"), ("TORCH_CUDA_ARCH_LIST", "Hopper")])
@@ -63,13 +64,13 @@ def test_variables_that_cannot_be_read(checkout, variable, value):
 @needs_compiler
 @pytest.mark.skipif(sys.platform != "linux", reason="preloads the sanitizer as Linux does")
 def test_cpu_kernels_under_the_sanitizers(checkout):
-    """The tests of the CPU kernels once more, with AddressSanitizer and UBSan watching."""
+    """The tests of the CPU kernels once more, with AddressSanitizer and UBSan watching kernels_cpu.cpp."""
     library = subprocess.run(["g++", "-print-file-name=libasan.so"], text=True, capture_output=True).stdout.strip()
     if not os.path.isabs(library):
         pytest.skip("this compiler has no AddressSanitizer")
     result = build(checkout, FEDGS_KERNELS="cpp", CXX="g++", CXXFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=all")
     assert result.returncode == 0, result.stdout + result.stderr
-    command = [sys.executable, "-m", "pytest", "-q", "tests/test_kernels.py", "-k", "cpu or bit or refused", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_kernels.py", "-k", "(cpu or bit or refused) and not round", "-p", "no:cacheprovider"]
     environment = {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(checkout)}
     tests = subprocess.run(command, cwd=checkout, env=os.environ | environment, text=True, capture_output=True)
     assert tests.returncode == 0 and re.search(r"\d\d passed", tests.stdout), tests.stdout + tests.stderr
@@ -102,4 +103,4 @@ def test_cuda_kernels_load_and_store_16_bytes_at_a_time(tmp_path):
         counts[name] = [len(re.findall(rf"{what}\.global\S*\.v4", text)) for what in ("ld", "st")]
     assert counts["adamw_kernelILi4ELb1EEEv"] == [5, 4] and counts["adamw_kernelILi4ELb0EEEv"] == [4, 3]
     assert counts["aggregate_kernelILi4EEEv"] == [4 + 4, 4]  # for each of a thread's four: theta and an update; out
-    assert [counts[f"mask_difficulty_kernelI{pixel}EEv"] for pixel in "hfl"] == [[8, 0]] * 3
+    assert [counts[f"mask_difficulty_kernelI{pixel}EEv"] for pixel in "hfl"] == [[4, 0]] * 3

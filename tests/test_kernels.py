@@ -229,6 +229,8 @@ def test_vectors_that_overlap_are_refused():
     both = torch.zeros(12)
     with pytest.raises(ValueError, match="grad and m share memory"):
         csrc.adamw_accumulate_(torch.zeros(8), both[:8], both[4:], torch.zeros(8), 1, 1e-3)
+    with pytest.raises(ValueError, match="grad and eta share memory"):
+        csrc.adamw_accumulate_(torch.zeros(8), both[:8], torch.zeros(8), torch.zeros(8), 1, 1e-3, torch.zeros(8), both[3])
 
 
 @pytest.mark.parametrize("message, updates, weights", [
