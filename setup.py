@@ -137,5 +137,9 @@ setup(
         "matplotlib>=3.8",  # the pictures
         "tqdm>=4.66",  # progress with an estimate of the time left
     ],
-    extras_require={"test": ["pytest>=8", "scikit-learn>=1.4"]},  # scikit-learn: the published splits were made with it
+    extras_require={"test": [
+        "pytest>=8",
+        "scikit-learn>=1.4",  # the published splits were made with it
+        "setuptools>=68", "pybind11>=2.12", "ninja>=1.11",  # the tests compile the kernels, too
+    ]},
 )

@@ -58,7 +58,13 @@ def test_mask_difficulty_of_nothing(device):
         masks = torch.zeros(shape, dtype=torch.uint8, device=device)
         assert_same_difficulty(masks, torch.ones(shape[0], dtype=torch.bool, device=device))
     assert_same_difficulty(torch.zeros(3, 64, 64, device=device), torch.ones(3, dtype=torch.bool, device=device))
-    assert_same_difficulty(torch.ones(3, 64, 64, device=device), torch.ones(3, dtype=torch.bool, device=device))
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32])
+def test_mask_difficulty_of_everything(device, dtype):
+    """Whole images of lesion: no counter may overflow on the way."""
+    assert_same_difficulty(torch.ones(3, 301, 305, dtype=dtype, device=device), torch.ones(3, dtype=torch.bool, device=device))
 
 
 @on_devices
