@@ -1,22 +1,32 @@
-"""The images: PolypGen from disk or its procedural stand-in, splits, augmentation on the batch.
+"""The images: PolypGen and LiTS from disk or their stand-ins, splits, augmentation on the batch.
 
     data = polypgen("datasets/polypgen", centres=(1, 2, 3, 4, 5, 6), out_centre=6, size=512, tau=150)
     data.train[1].images     # (N, 3, 512, 512) uint8, centre 1's training images
+    data = lits("datasets/lits", centres=(1, 2, 3, 4, 5), out_centre=5, size=512, tau=1000)
+    data.train[1].images     # (N, 1, 512, 512) uint8, slices with a tumour
 
 Everything is decoded once into uint8 tensors; a batch becomes float, is augmented and normalised on the
-training device. PolypGen (Ali et al., Sci Data 10:75, 2023) is read in its own layout:
+training device. PolypGen (Ali et al., Sci Data 10:75, 2023) is read in its own layout, and so is LiTS (Bilic et al.,
+Med Image Anal 84, 2023), from any sub-folders, as .nii or .nii.gz:
 
     data_C1/images_C1/NAME.jpg    data_C1/masks_C1/NAME_mask.jpg    … and so for centres 2 to 6
     metadata/my_dataDetails_C1.csv …    optional: published size flags (img_name, small_polyp, inv_area)
+    volume-0.nii    segmentation-0.nii    … to 130: 0 background, 1 liver, 2 tumour
 """
 
 import csv
 import hashlib
+import json
 import math
+import os
+import re
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 
+import nibabel
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -26,9 +36,13 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import pdist, squareform
 from tqdm import tqdm
 
+import standin
+
 POLYPGEN_CENTRES = (1, 2, 3, 4, 5, 6)
 POLYPGEN_TAU = 150  # the threshold that the published size flags were made with
 RULE_SIZE = 512  # smallness and inverse area are measured on the mask at 512 x 512, whatever the network sees
+LITS_CENTRES = {1: range(30), 2: range(30, 60), 3: range(60, 90), 4: range(90, 120), 5: range(120, 131)}  # volume numbers
+CENTRES = {"polypgen": POLYPGEN_CENTRES, "lits": tuple(LITS_CENTRES)}
 
 
 class DataError(ValueError):
@@ -41,9 +55,9 @@ class Images:
 
     centre: int
     names: list
-    images: torch.Tensor  # (N, 3, S, S) uint8
+    images: torch.Tensor  # (N, 3, S, S) uint8; (N, 1, S, S) for CT
     masks: torch.Tensor  # (N, 1, S, S) uint8, 1 = lesion
-    inverse_area: torch.Tensor  # (N,) float64, image pixels / lesion pixels at 512 x 512; inf for an empty mask
+    inverse_area: torch.Tensor  # (N,) float64, image pixels / lesion pixels at 512 x 512, CT as it is; inf for an empty mask
     small: torch.Tensor  # (N,) bool
 
     def __len__(self):
@@ -86,13 +100,38 @@ def polypgen(root, centres=POLYPGEN_CENTRES, out_centre=6, size=512, tau=POLYPGE
     else:
         source = "PolypGen"
         loaded, notes = read_polypgen(Path(root), centres, size, tau)
+    units = {images.centre: near_duplicates(root, images) if split == "grouped" else [[i] for i in range(len(images))]
+             for images in loaded if images.centre != out_centre}
+    return federate(source, notes, loaded, out_centre, units, split, fold)
+
+
+def lits(root, centres=tuple(LITS_CENTRES), out_centre=5, size=512, tau=1000, split="centre", fold=1, cache=""):
+    """The slices with a tumour of LiTS at root, or of the stand-in where root is None: clients and a held-out centre.
+
+    A client holds the volumes of its numbers; no volume is in two splits. split: "centre" (published per-centre split) or
+    "fold" (five folds), both of volumes. cache: a folder for decoded slices; default: root/fedgs-cache.
+    Raises DataError for files that are missing, unreadable or not LiTS, centres without tumours, an unwritable cache.
+    """
+    if root is None:
+        root = stand_in_volumes(Path(cache or "datasets/lits-stand-in"))
+        cache = root / "fedgs-cache"
+    source = "LiTS stand-in" if (Path(root) / STAND_IN_MARK).exists() else "LiTS"
+    loaded, units = read_lits(Path(root), centres, size, tau, Path(cache or Path(root) / "fedgs-cache"))
+    return federate(source, ["slices with more than 50 tumour pixels"], loaded, out_centre, units, split, fold)
+
+
+def federate(source, notes, loaded, out_centre, units, split, fold):
+    """Split the centres' images into the parts of a Federation.
+
+    units: {centre: lists of indices that stay together, in the order in which the rules of the split count them}
+    """
+    size = loaded[0].images.shape[-1]
     if lost := sum(count_as_empty(images) for images in loaded):
-        notes.append(f"{lost} lesions vanish at {size}x{size}, so their images count as empty")
+        notes = [*notes, f"{lost} lesions vanish at {size}x{size}, so their images count as empty"]
     data = Federation(source, notes, out_test=next(images for images in loaded if images.centre == out_centre))
     for images in loaded:
         if images.centre != out_centre:
-            units = near_duplicates(root, images) if split == "grouped" else [[i] for i in range(len(images))]
-            parts = split_units(units, split, fold)
+            parts = split_units(units[images.centre], split, fold)
             for part, indices in zip((data.train, data.validation, data.in_test), parts, strict=True):
                 part[images.centre] = images.subset(indices)
     return data
@@ -116,19 +155,33 @@ def fingerprint(federation):
     return digest.hexdigest()
 
 
+def find(dataset, root=""):
+    """The folder of a data set, or None for the stand-in: root "stand-in", or no root and nothing in datasets/<dataset>.
+
+    Raises DataError where a folder was given that does not hold it.
+    """
+    folder = Path(root or f"datasets/{dataset}")
+    if dataset == "polypgen":
+        held, wanted = any((folder / f"data_C{k}").is_dir() for k in POLYPGEN_CENTRES), "data_C1 to data_C6"
+    else:
+        held, wanted = next(folder.rglob("volume-*.nii*"), None) is not None, "volume-0.nii and so on"
+    found = root != "stand-in" and held
+    if root and root != "stand-in" and not found:
+        raise DataError(f"--data-root {root}: " + (f"no {wanted} in it" if folder.is_dir() else "no such folder"))
+    return folder if found else None
+
+
 # ------------------------------------------------------------------------------------ PolypGen on disk
 
 
-def find_polypgen(root=""):
-    """The folder of PolypGen, or None for the stand-in: root "stand-in", or no root and nothing in datasets/polypgen.
-
-    Raises DataError where a folder was given that does not hold PolypGen.
-    """
-    folder = Path(root or "datasets/polypgen")
-    found = root != "stand-in" and any((folder / f"data_C{k}").is_dir() for k in POLYPGEN_CENTRES)
-    if root and root != "stand-in" and not found:
-        raise DataError(f"--data-root {root}: " + ("no data_C1 to data_C6 in it" if folder.is_dir() else "no such folder"))
-    return folder if found else None
+def stand_in_images(centre, size, tau):
+    """One centre of the stand-in, as if it had been read from disk. -> Images"""
+    images, masks = standin.polypgen_frames(centre, round(standin.STAND_IN_SHARE * standin.POLYPGEN[centre][0]), size)
+    names = [f"stand-in_C{centre}_{i:04d}" for i in range(len(images))]
+    nearest = (np.arange(RULE_SIZE) * size) // RULE_SIZE
+    at_rule_size = masks[:, nearest][:, :, nearest]
+    inverse_areas, small = zip(*((inverse_area(mask), is_small(mask, tau)) for mask in at_rule_size))
+    return collect(centre, names, images, masks, inverse_areas, small)
 
 
 def read_polypgen(root, centres, size, tau):
@@ -220,6 +273,158 @@ def collect(centre, names, images, masks, inverse_areas, small):
     )
 
 
+# ---------------------------------------------------------------------------------------- LiTS on disk
+
+WINDOW = (-200, 200)  # Hounsfield units that become 0 and 255
+TUMOUR_PIXELS = 50  # slices with more of them are kept
+BLOCK = 16  # slices that are decoded at a time
+STAND_IN_MARK = "STAND-IN.txt"  # lies in the folder of drawn volumes, so that nobody takes them for LiTS
+
+
+def read_lits(root, centres, size, tau, cache):
+    """-> list of Images, {centre: its volumes as lists of indices}"""
+    files = find_volumes(root)
+    numbers = {centre: sorted(LITS_CENTRES[centre], key=lambda i: f"image{i}_") for centre in centres}  # the published order
+    loaded, units = [], {}
+    with tqdm(total=sum(i in files for centre in centres for i in numbers[centre]), desc="reading LiTS", unit="volume",
+              leave=False, disable=None) as progress:
+        for centre in centres:
+            rows, units[centre] = [], []
+            for number in numbers[centre]:
+                if number in files:
+                    start = len(rows)
+                    rows += slices_at_size(number, *cached_slices(number, *files[number], cache), size)
+                    progress.update()
+                    if len(rows) > start:
+                        units[centre].append(list(range(start, len(rows))))
+            if not rows:
+                raise DataError(f"{root}: no slice with a tumour for centre {centre}, volumes {numbers[centre][0]} to "
+                                f"{max(numbers[centre])} (leave it out with --centres)")
+            names, images, masks, inverse_areas = zip(*rows)
+            loaded.append(collect(centre, list(names), images, masks, inverse_areas, [a >= tau for a in inverse_areas]))
+    return loaded, units
+
+
+def find_volumes(root):
+    """{number: (volume, segmentation)} of the NIfTI files in root and below. Raises DataError naming what is missing."""
+    found = {"volume": {}, "segmentation": {}}
+    for path in sorted(root.rglob("*.nii*")):
+        if match := re.fullmatch(r"(volume|segmentation)-(\d+)\.nii(\.gz)?", path.name):
+            kind, number = match[1], int(match[2])
+            if number in found[kind]:
+                raise DataError(f"{path} and {found[kind][number]} are the same {kind}: keep one of them")
+            if number > LITS_CENTRES[5][-1]:
+                raise DataError(f"{path}: LiTS numbers its volumes from 0 to {LITS_CENTRES[5][-1]}")
+            found[kind][number] = path
+    volumes, segmentations = found["volume"], found["segmentation"]
+    for kind, other, missing in ((volumes, "segmentation", volumes.keys() - segmentations), (segmentations, "volume",
+                                                                                             segmentations.keys() - volumes)):
+        if missing:
+            raise DataError(f"{kind[min(missing)]} has no {other}: {other}-{min(missing)}.nii or .nii.gz is missing in {root}")
+    return {number: (volumes[number], segmentations[number]) for number in volumes}
+
+
+def cached_slices(number, volume, segmentation, cache):
+    """read_slices, through a file in the cache that is made anew where it is missing, stale or damaged."""
+    path = cache / f"volume-{number}.npz"
+    stats = [file.stat() for file in (volume, segmentation)]
+    key = json.dumps([2, WINDOW, TUMOUR_PIXELS, [(stat.st_size, stat.st_mtime_ns) for stat in stats]])
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            if str(stored["key"]) == key:
+                shape = tuple(stored["shape"])
+                masks = np.unpackbits(stored["masks"], count=math.prod(shape)).reshape(shape).astype(bool)
+                return stored["slices"], stored["images"].reshape(shape), masks
+    except (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile):
+        pass  # not there, or not whole
+    slices, images, masks = read_slices(volume, segmentation)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(temporary, key=key, shape=images.shape, slices=slices, images=images, masks=np.packbits(masks))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DataError(f"cannot write the cache {cache} ({error.strerror or error}): choose another folder with --cache") from error
+    return slices, images, masks
+
+
+def read_slices(volume_path, segmentation_path):
+    """The slices (along the third axis) of a CT volume with more than 50 pixels of tumour, as they are in the file.
+
+    -> their numbers (n,), images (n, H, W) uint8, HU of -200 to 200 as 0 to 255, masks (n, H, W) bool. At no time are more
+    than 16 slices in memory beside them. Raises DataError naming the file.
+    """
+    volume, segmentation = open_nifti(volume_path), open_nifti(segmentation_path)
+    if volume.shape != segmentation.shape:
+        raise DataError(f"{segmentation_path} is of shape {segmentation.shape}, its volume {volume.shape}")
+    slices, images, masks = [], [np.zeros((0, *volume.shape[:2]), np.uint8)], [np.zeros((0, *volume.shape[:2]), bool)]
+    for start in range(0, volume.shape[2], BLOCK):
+        labels = read_block(segmentation, segmentation_path, start)
+        if not np.isin(labels, (0, 1, 2)).all():
+            other = labels[~np.isin(labels, (0, 1, 2))][0]
+            raise DataError(f"{segmentation_path} holds the label {other:g}; LiTS has 0 (background), 1 (liver) and 2 (tumour)")
+        tumour = (labels == 2).transpose(2, 0, 1)
+        kept = np.flatnonzero(tumour.sum((1, 2)) > TUMOUR_PIXELS)
+        if len(kept):
+            hu = read_block(volume, volume_path, start)[..., kept].astype(np.float32).transpose(2, 0, 1)
+            if not np.isfinite(hu).all():
+                raise DataError(f"{volume_path} holds values that are no numbers")
+            low, high = WINDOW
+            images.append(np.round((np.clip(hu, low, high) - low) * np.float32(255 / (high - low))).astype(np.uint8))
+            masks.append(tumour[kept])
+            slices.extend(start + kept)
+    return np.array(slices, dtype=np.int64), np.concatenate(images), np.concatenate(masks)
+
+
+def open_nifti(path):
+    """A NIfTI file whose data is read on demand. Raises DataError naming the file."""
+    try:
+        image = nibabel.load(path, keep_file_open=True)  # otherwise every block would decompress from the beginning
+    except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    if len(image.shape) != 3:
+        raise DataError(f"{path} has {len(image.shape)} dimensions, a volume has three")
+    return image
+
+
+def read_block(image, path, start):
+    """Some slices of an open NIfTI file, (H, W, up to 16). Raises DataError naming the file."""
+    try:
+        return np.asarray(image.dataobj[..., start : start + BLOCK])
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"cannot read {path}, it is damaged or cut short: {error}") from error
+
+
+def slices_at_size(number, slices, images, masks, size):
+    """A volume's slices as the network sees them -> [(name, image (S, S, 1) uint8, mask (S, S) bool, inverse area)]"""
+    for k, image, mask in zip(slices, images, masks):
+        pixels = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
+        lesion = np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
+        yield f"volume-{number}_slice-{k}", pixels[..., None], lesion, inverse_area(mask)
+
+
+def stand_in_volumes(folder):
+    """Write the drawn volumes into a folder, once, as NIfTI files with LiTS's names. -> the folder"""
+    mark, text = folder / STAND_IN_MARK, "Drawn by FedGS's standin.py (version 1): these volumes are not LiTS.\n"
+    if mark.exists() and mark.read_text() == text:
+        return folder
+    total = sum(volumes for volumes, _, _ in standin.LITS.values())
+    affine = np.diag([-0.8 * 512 / standin.LITS_SIDE, -0.8 * 512 / standin.LITS_SIDE, 5.0, 1.0])  # mm
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tqdm(total=total, desc="drawing the stand-in", unit="volume", leave=False, disable=None) as progress:
+            for centre, numbers in LITS_CENTRES.items():
+                for number, (hu, labels) in zip(numbers, standin.lits_volumes(centre)):
+                    for kind, values in (("volume", hu), ("segmentation", labels)):
+                        nibabel.Nifti1Image(values, affine).to_filename(folder / f"{kind}-{number}.nii.gz")
+                    progress.update()
+        mark.write_text(text)
+    except OSError as error:
+        raise DataError(f"cannot write the stand-in into {folder} ({error.strerror or error}): choose another folder with "
+                        "--cache") from error
+    return folder
+
+
 # ---------------------------------------------------------------------------------------- size of lesions
 
 
@@ -291,10 +496,12 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def augment(images, masks, draws):
     """Flips, rotation and colour jitter of a batch, each image by its own nine draws from [0, 1).
 
-    images (B, 3, S, S) float in [0, 1]; masks (B, 1, S, S) uint8; draws (B, 9) -> images, masks
-    Horizontal flip with probability 1/2, vertical 1/2, rotation by up to 90 degrees either way 1/2, colour 0.3.
+    images (B, 3, S, S), or (B, 1, S, S), float in [0, 1]; masks (B, 1, S, S) uint8; draws (B, 9) -> images, masks
+    Horizontal flip with probability 1/2, vertical 1/2, rotation by up to 90 degrees either way 1/2, colour 0.3 (RGB).
     """
     images, masks = flip_and_rotate(images, masks, draws[:, :4])
+    if images.shape[1] == 1:
+        return images, masks
     jittered = jitter_colours(images, draws[:, 5:])
     return torch.where(draws[:, 4, None, None, None] < 0.3, jittered, images), masks
 
@@ -340,189 +547,9 @@ def shift_hue(images, turns):
 
 
 def normalise(images):
-    """RGB in [0, 1] (B, 3, H, W) -> ImageNet's mean 0 and standard deviation 1."""
+    """RGB in [0, 1] (B, 3, H, W) -> ImageNet's mean 0 and standard deviation 1; grey (B, 1, H, W) as it is."""
+    if images.shape[1] == 1:
+        return images
     # numbers, not tensors, which would be copied to the device at every step
     channels = zip(images.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True)
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
-
-
-# ------------------------------------------------------------------------------------------ the stand-in
-
-# Stylised colonoscopy frames with PolypGen's published lesion statistics. All geometry is in normalised
-# coordinates, x and y in [-1, 1], so that a frame shows the same scene at every size.
-
-STAND_IN_SHARE = 0.4  # of PolypGen's numbers of images: a federation that a laptop trains in minutes
-
-# Centre: frames, frames without a polyp, frames with several polyps, and the 5/25/50/75/95 % quantiles
-# of the inverse lesion area (image pixels / lesion pixels) over the frames with a polyp.
-PUBLISHED = {
-    1: (256, 5, 19, (2.8, 7.3, 15.3, 37.2, 103.1)),
-    2: (301, 31, 38, (3.6, 8.3, 16.3, 31.2, 71.9)),
-    3: (457, 1, 54, (3.6, 8.9, 19.0, 37.0, 104.4)),
-    4: (227, 81, 4, (2.8, 10.8, 25.8, 62.6, 355.3)),
-    5: (208, 2, 40, (4.8, 10.5, 31.4, 82.6, 294.1)),
-    6: (88, 5, 13, (4.4, 9.5, 20.3, 48.5, 175.2)),
-}
-
-# Centre: colour cast, gamma (above 1 darkens), vignette, noise, blur (a share of the frame), mean number
-# of highlights, and the bounds of the view: on max(|x|, |y|), on |x| + |y| (cuts the corners, as in an
-# octagon) and on the distance from the middle (rounds them).
-CAMERAS = {
-    1: ((1.05, 1.00, 0.97), 1.00, 0.20, 0.012, 0.000, 10, (0.96, 1.50, 2.00)),
-    2: ((1.03, 0.98, 0.93), 1.08, 0.30, 0.020, 0.004, 6, (1.00, 2.00, 1.16)),
-    3: ((1.04, 1.04, 1.05), 0.93, 0.15, 0.008, 0.000, 16, (1.00, 1.70, 2.00)),
-    4: ((1.00, 0.98, 1.04), 1.05, 0.25, 0.025, 0.005, 8, (1.00, 2.00, 2.00)),
-    5: ((1.06, 0.96, 0.94), 1.00, 0.35, 0.015, 0.003, 12, (0.92, 2.00, 1.10)),
-    6: ((0.97, 1.00, 0.97), 1.10, 0.30, 0.030, 0.006, 5, (0.90, 1.35, 2.00)),
-}
-
-
-def stand_in_images(centre, size, tau):
-    """One centre of the stand-in, as if it had been read from disk. -> Images"""
-    images, masks = stand_in_polypgen(centre, round(STAND_IN_SHARE * PUBLISHED[centre][0]), size)
-    names = [f"stand-in_C{centre}_{i:04d}" for i in range(len(images))]
-    nearest = (np.arange(RULE_SIZE) * size) // RULE_SIZE
-    at_rule_size = masks[:, nearest][:, :, nearest]
-    inverse_areas, small = zip(*((inverse_area(mask), is_small(mask, tau)) for mask in at_rule_size))
-    return collect(centre, names, images, masks, inverse_areas, small)
-
-
-def stand_in_polypgen(centre: int, count: int, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Frames of one centre -> images (count, size, size, 3) uint8, masks (count, size, size) bool."""
-    plan = plan_polyps(centre, count, np.random.default_rng([seed, centre]))
-    frames = [paint_frame(areas, CAMERAS[centre], size, np.random.default_rng([seed, centre, index]))
-              for index, areas in enumerate(plan)]
-    images, masks = zip(*frames)
-    return np.stack(images), np.stack(masks)
-
-
-def plan_polyps(centre, count, rng):
-    """For each frame the areas of its polyps as shares of the frame, largest first; empty for no polyp."""
-    frames, empty, several, quantiles = PUBLISHED[centre]
-    empty, several = round(count * empty / frames), round(count * several / frames)
-    # Evenly spaced levels give a small data set the published quantiles too. Beyond the outer two, the
-    # largest lesion fills 1/1.8 of the frame and the smallest is 2.5 times smaller than the 95 % value.
-    levels = (rng.permutation(count - empty) + 0.5) / (count - empty)
-    knots = np.log([1.8, *quantiles, 2.5 * quantiles[-1]])
-    areas = np.exp(-np.interp(levels, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1], knots))
-    plan = [[area] for area in areas] + [[]] * empty
-    for i in range(several):
-        # Side polyps are often tiny; 1/2000 of the frame is what a 64 x 64 mask can still hold.
-        shares = np.exp(rng.uniform(np.log(0.04), np.log(0.4), size=rng.choice([1, 2], p=[0.8, 0.2])))
-        sides = np.clip(shares * areas[i], 1 / 2000, areas[i] / 3)
-        plan[i] = [areas[i] - sides.sum(), *sides]
-    return [plan[i] for i in rng.permutation(count)]
-
-
-def paint_frame(areas, camera, size, rng):
-    """Polyp areas and a camera -> image (size, size, 3) uint8, mask (size, size) bool."""
-    x = ((2 * np.arange(size) + 1) / size - 1).astype(np.float32)[None, :]
-    y, (side, corner, radius) = x.T, camera[-1]
-    view = (np.maximum(abs(x), abs(y)) < side) & (abs(x) + abs(y) < corner) & (np.hypot(x, y) < radius)
-    relief, colour = mucosa(x, y, rng)
-    mask = np.zeros((size, size), bool)
-    for area, (mx, my) in zip(areas, place(areas, rng)):
-        reach = outline(x - mx, y - my, rng)
-        reach[ndimage.binary_dilation(mask, iterations=1 + size // 64)] = 9  # polyps do not touch
-        # The radius at which exactly the wanted number of visible pixels lies within the outline.
-        pixels = max(1, round(area * size**2))
-        radius = np.partition(reach[view], pixels)[pixels]
-        mask |= view & (reach < radius)
-        relief, colour = add_polyp(relief, colour, reach / radius, radius, rng)
-    scene = colour * shading(relief, rng) + glare(x, y, camera[-2], rng)
-    return photograph(scene, x, y, view, camera, rng), mask
-
-
-def waves(x, y, order, rng):
-    """A smooth random field of about unit variance with less than `order` half waves per axis."""
-    k = np.arange(order)[:, None]
-    weights = rng.normal(size=(order, order)) * (np.hypot(k, k.T) < order)
-    weights[0, 0] = 0
-    across, down = np.cos(np.pi / 2 * k * (x + 1)), np.cos(np.pi / 2 * k * (y.T + 1))
-    return (2 / np.linalg.norm(weights) * down.T @ weights @ across).astype(np.float32)
-
-
-def mucosa(x, y, rng):
-    """The wall of the bowel -> relief (size, size), colour (3, size, size)."""
-    # We look down a tube that darkens towards the lumen. Its folds are rings of equal depth: each has a
-    # bright crest and hides the wall just behind it in shadow. They come and go around the tube.
-    dx, dy = x - rng.uniform(-1, 1), y - rng.uniform(-1, 1)
-    bend = 1 + 0.12 * np.cos(3 * np.arctan2(dy, dx) + rng.uniform(0, 6.3)) + 0.12 * waves(x, y, 4, rng)
-    distance = np.hypot(dx, dy) * bend
-    behind = rng.uniform(0, 1) - rng.uniform(1, 1.7) * np.log(distance + 0.2)
-    behind -= np.floor(behind)
-    folds = 0.3 * np.exp(8 * (behind - 1)) - 0.6 * np.exp(-5 * behind)
-    light = 1 + folds * np.clip(0.5 + 0.6 * waves(x, y, 4, rng), 0, 1)
-    light *= 1 - rng.uniform(0.4, 0.9) * np.exp(-((distance / rng.uniform(0.25, 0.6)) ** 2))
-    # Vessels run where a random field changes its sign; they come and go too.
-    vessels = np.exp(-((waves(x, y, 13, rng) / 0.08) ** 2)) * np.clip(0.4 * waves(x, y, 6, rng), 0, 0.6)
-    red = rng.uniform(0.3, 0.6) + 0.12 * waves(x, y, 5, rng) + rng.uniform(0, 1) * vessels
-    pale, redder = np.array([[0.93, 0.66, 0.52], [-0.20, -0.34, -0.26]], np.float32)[..., None, None]
-    relief = 0.03 * waves(x, y, 6, rng) + 0.0015 * waves(x, y, 28, rng)
-    return relief, light * (pale + redder * np.clip(red, 0, 1))
-
-
-def place(areas, rng):
-    """The polyps' middles, each the first random place with room, or the roomiest -> list of (x, y)."""
-    radii, middles = np.sqrt(4 / np.pi * np.array(areas)), []
-    for radius in radii:
-        places = rng.uniform(-0.7, 0.7, size=(20, 2)).astype(np.float32)
-        gaps = [np.hypot(*(places - m).T) - r - radius for m, r in zip(middles, radii)]
-        middles.append(places[np.argmax(np.min([np.zeros(20), *gaps], axis=0))])
-    return middles
-
-
-def outline(x, y, rng):
-    """Distance from a polyp's middle, bent so that the wavy ellipse of its outline is a circle."""
-    turn, squeeze = np.float32(rng.uniform(0, np.pi)), np.float32(rng.uniform(0.65, 1))
-    along, across = x * np.cos(turn) + y * np.sin(turn), (y * np.cos(turn) - x * np.sin(turn)) / squeeze
-    angle = np.arctan2(across, along)
-    wobble = sum(rng.normal(0, 0.15 / k) * np.cos(k * angle + rng.uniform(0, 6.3)) for k in (2, 3, 4))
-    return np.hypot(along, across) * np.sqrt(squeeze) / (1 + wobble)
-
-
-def add_polyp(relief, colour, reach, radius, rng):
-    """Cover the wall with a tinted dome whose outline is at `reach` 1 -> relief, colour."""
-    # How well it stands out does not depend on its size: a small polyp is hard only for being small.
-    visible = rng.uniform(0.5, 1)
-    tint = np.array([[0.40, 0.16, 0.32], [0.42, 0.43, 0.53]], np.float32)[rng.integers(2)]  # pink or pale
-    skin = colour.mean(axis=(1, 2)) + visible * tint
-    cover = 0.9 * np.clip((1.06 - reach) / 0.12, 0, 1)
-    shadow = rng.uniform(0, 0.4) * visible * np.exp(-(((reach - 1.1) / 0.15) ** 2))
-    dome = 0.35 * visible * radius * np.clip(1 - reach**2, 0, 1)
-    return relief + dome, colour * ((1 - shadow) * (1 - cover)) + skin[:, None, None] * cover
-
-
-def shading(relief, rng):
-    """How much light each slope throws back to the camera -> (size, size)."""
-    down, across = np.gradient(relief, 2 / len(relief))
-    tilt = rng.normal(0, 0.4, size=2).astype(np.float32)
-    return np.clip((1 + tilt[0] * across + tilt[1] * down) / np.sqrt(1 + across**2 + down**2), 0.15, 1.5)
-
-
-def glare(x, y, highlights, rng):
-    """What looks like a polyp and is none: specular highlights and bubbles -> (size, size)."""
-    spots = rng.uniform(-1, 1, size=(rng.poisson(highlights), 2))
-    width = np.exp(rng.normal(-4, 0.4, size=(len(spots), 1)) + rng.normal(0, 0.25, size=spots.shape))
-    across = np.exp(-(((x - spots[:, :1]) / width[:, :1]) ** 2))
-    down = np.exp(-(((y.T - spots[:, 1:]) / width[:, 1:]) ** 2))
-    light = np.clip(1.5 * down.T @ across - 0.2, 0, 1).astype(np.float32)
-    # Bubbles are as round as polyps and as diverse in size; their rims have a brighter side.
-    for _ in range(rng.poisson(2.5)):
-        bx, by, radius = rng.uniform(-1, 1), rng.uniform(-1, 1), 0.025 * 10 ** rng.uniform(0, 1)
-        dx, dy = (x - bx) / radius, (y - by) / radius
-        rim = np.exp(-(((np.hypot(dx, dy) - 1) / 0.12) ** 2))
-        light += rng.uniform(0.05, 0.3) * rim * (0.6 + rng.uniform(-0.4, 0.4) * (dx + dy))
-    return light
-
-
-def photograph(scene, x, y, view, camera, rng):
-    """What the centre's camera makes of a scene (3, size, size) -> image (size, size, 3) uint8."""
-    cast, gamma, vignette, noise, blur, *_ = camera
-    lamp = rng.uniform(0.85, 1.15) * (1 - vignette * (x**2 + y**2))
-    image = scene * lamp * np.array(cast, np.float32)[:, None, None]
-    image = ndimage.gaussian_filter(image, (0, blur * x.size, blur * x.size))
-    image = np.clip(image, 0, 1) ** gamma
-    # The sensor's noise is the only draw that depends on the size, and so the last.
-    image += noise * rng.standard_normal(image.shape, np.float32)
-    return (255 * view * np.clip(image, 0, 1)).astype(np.uint8).transpose(1, 2, 0)

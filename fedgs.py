@@ -1,6 +1,7 @@
 """FedGS: federated segmentation in which small lesions are not drowned out.
 
     python fedgs.py --dataset polypgen --method fedgs        # a whole federation, from images to tables
+    python fedgs.py --dataset lits --model sd-utnet          # the paper's other data set and network
     python fedgs.py --help                                   # every option
 
 Schutte, Corbetta, Beets-Tan and Silva, "FedGS: Federated Gradient Scaling for Heterogeneous Medical Image
@@ -43,7 +44,7 @@ from tqdm import tqdm
 
 import data
 import metrics
-from models import UTNet
+from models import CODE, SDUTNet, UTNet
 
 __version__ = "0.1.0"
 
@@ -62,11 +63,11 @@ def option(default, help, **how):
 
 @dataclass
 class Config:
-    """Everything that decides a run. The defaults are the paper's."""
+    """Everything that decides a run. The defaults are the paper's for PolypGen; DATASETS has those for LiTS."""
 
-    dataset: str = option("polypgen", "data set", choices=("polypgen",))
+    dataset: str = option("polypgen", "data set", choices=("polypgen", "lits"))
     method: str = option("fedgs", "fedgs, or the baseline fedavg", choices=("fedgs", "fedavg"))
-    model: str = option("utnet", "network", choices=("utnet",))
+    model: str = option("utnet", "network", choices=("utnet", "sd-utnet"))
     preset: str = option("auto", "named values for the options below; auto: paper with real data and a GPU, else quick",
                          choices=("auto", "paper", "quick"))
     rounds: int = option(100, "communication rounds")
@@ -79,8 +80,9 @@ class Config:
     server_momentum: float = option(0.0, "momentum of the server's step")
     log_base: float = option(100.0, "l, base of the logarithm in the difficulty of a small lesion")
     tau: float = option(150.0, "smallness: a lesion is small if it covers at most 1/tau of the image")
-    split: str = option("fold", "a client's train, validation and test images: published folds, published per-centre "
-                        "split, or folds with near-duplicate frames kept together", choices=("fold", "centre", "grouped"))
+    split: str = option("fold", "a client's train, validation and test images: five folds (PolypGen's published ones; of "
+                        "LiTS's volumes), published per-centre split, or folds with near-duplicate frames kept together",
+                        choices=("fold", "centre", "grouped"))
     fold: int = option(1, "which of the five folds", choices=(1, 2, 3, 4, 5))
     centres: tuple = option(data.POLYPGEN_CENTRES, "centres that take part, with the held-out one", nargs="+", type=int)
     out_centre: int = option(6, "centre that is held out for testing")
@@ -91,15 +93,20 @@ class Config:
                           choices=("auto", "cuda", "cpp", "torch"))
     data_root: str = option("", "folder of the data set, or stand-in for procedural images; default: datasets/<dataset> "
                             "if it is there, else the stand-in")
+    cache: str = option("", "folder for what is decoded or drawn once; default: fedgs-cache beside LiTS's volumes")
     out: str = option("", "folder of the run; default: runs/<dataset>-<method>-<model>-f<fold>-s<seed>")
     resume: bool = option(False, "continue the run in its folder")
 
 
+DATASETS = {
+    "polypgen": {},
+    "lits": dict(rounds=60, log_base=1000.0, tau=1000.0, centres=data.CENTRES["lits"], out_centre=5, split="centre"),
+}
 PRESETS = {
     "paper": {},
     "quick": dict(rounds=7, local_epochs=1, image_size=80, width=8, lr=1e-3),  # two to three minutes on two CPU cores
 }
-FREE_ON_RESUME = {"preset", "rounds", "device", "kernels", "data_root", "out", "resume"}  # a round stays what it was
+FREE_ON_RESUME = {"preset", "rounds", "device", "kernels", "data_root", "cache", "out", "resume"}  # a round stays what it was
 
 
 def check(config):
@@ -113,7 +120,11 @@ def check(config):
     require(0 <= config.seed < 2**63, "seed", config, "must be in [0, 2^63)")
     require(config.image_size >= 16 and config.image_size % 16 == 0, "image_size", config, "must be a multiple of 16")
     require(config.batch_size > 1 or config.image_size > 16, "batch_size", config, "too small for batch norm at image size 16")
-    require(set(config.centres) <= set(data.POLYPGEN_CENTRES), "centres", config, "must be among 1 2 3 4 5 6")
+    require(config.batch_size > 1 or config.model != "sd-utnet", "batch_size", config, "sd-utnet needs two images or more")
+    require(config.width > 1 or config.model != "sd-utnet", "width", config, "sd-utnet needs 2 or more")
+    known = data.CENTRES[config.dataset]
+    require(set(config.centres) <= set(known), "centres", config, f"must be among {' '.join(map(str, known))}")
+    require(config.split != "grouped" or config.dataset == "polypgen", "split", config, "LiTS is split by volume anyway: fold or centre")
     require(len(set(config.centres)) == len(config.centres), "centres", config, "names a centre twice")
     require(config.out_centre in config.centres, "out_centre", config, "must be among --centres")
     require(len(config.centres) > 1, "centres", config, "leaves no client beside the held-out centre")
@@ -122,9 +133,7 @@ def check(config):
 
 def require(condition, name, config, rule):
     if not condition:
-        value = getattr(config, name)
-        value = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
-        raise RunError(f"--{name.replace('_', '-')} {value}: {rule}")
+        raise RunError(f"--{name.replace('_', '-')} {shown(getattr(config, name))}: {rule}")
 
 
 # ------------------------------------------------------- difficulty, step and aggregation: the definitions
@@ -253,7 +262,10 @@ def views(vector, tensors):
 def build_network(config):
     """The network of a configuration, with weights drawn from its seed."""
     torch.manual_seed(config.seed)
-    return UTNet(in_channels=3, classes=2, width=config.width)
+    channels = {"polypgen": 3, "lits": 1}[config.dataset]
+    if config.model == "sd-utnet":
+        return SDUTNet(channels, classes=2, width=config.width, size=config.image_size)
+    return UTNet(channels, classes=2, width=config.width)
 
 
 # ------------------------------------------------------------------------------------------------ client
@@ -270,6 +282,7 @@ class Update:
     steps: int  # T_k
     images: int  # n_k
     loss: torch.Tensor  # mean over steps
+    terms: dict  # the loss's terms, where it has several: means over steps
     eta: torch.Tensor  # sum over steps
     scaled: torch.Tensor  # number of steps with eta > 1
 
@@ -286,15 +299,17 @@ def train_client(flat, server, images, config, round_, kernels=PYTORCH, progress
     flat.load(server.state)
     flat.network.train()
     m, v, delta = (torch.zeros_like(flat.parameters) for _ in range(3))
-    loss_sum, eta_sum, scaled = torch.zeros(3, device=device)
+    eta_sum, scaled = torch.zeros(2, device=device)
+    losses, codes = {}, 2 if config.model == "sd-utnet" else 0  # sums over steps; how many codes a step samples
     step = 0
     for _ in range(config.local_epochs):
         order = torch.randperm(len(images), generator=generator)[: per_epoch * config.batch_size].view(per_epoch, -1)
         draws = torch.rand(per_epoch, config.batch_size, data.AUGMENTATION_DRAWS, generator=generator)
-        for batch, draw in zip(order.to(device), draws.to(device)):
+        noises = torch.randn(per_epoch, codes, config.batch_size, CODE, generator=generator)
+        for batch, draw, noise in zip(order.to(device), draws.to(device), noises.to(device)):
             x, y = data.augment(images.images[batch].float() / 255, images.masks[batch], draw)
             flat.grad.zero_()
-            loss = metrics.soft_dice_loss(flat.network(data.normalise(x)), y)
+            loss, terms = training_loss(flat.network, data.normalise(x), y, noise)
             loss.backward()
             step += 1
             if config.method == "fedgs":
@@ -303,7 +318,8 @@ def train_client(flat, server, images, config, round_, kernels=PYTORCH, progress
             else:
                 eta = torch.ones((), device=device)
                 kernels.adamw_accumulate_(flat.parameters, flat.grad, m, v, step, config.lr)
-            loss_sum += loss.detach()
+            for name, term in {"loss": loss, **terms}.items():
+                losses[name] = losses.get(name, 0) + term.detach()
             eta_sum += eta
             scaled += eta > 1
             if progress is not None:
@@ -311,7 +327,15 @@ def train_client(flat, server, images, config, round_, kernels=PYTORCH, progress
     if config.method == "fedavg":
         delta = server.state[0] - flat.parameters
     buffers, counters = flat.buffers.clone(), flat.counters.clone()
-    return Update(images.centre, delta, buffers, counters, step, len(images), loss_sum / step, eta_sum, scaled)
+    means = {name: total / step for name, total in losses.items()}
+    return Update(images.centre, delta, buffers, counters, step, len(images), means.pop("loss"), means, eta_sum, scaled)
+
+
+def training_loss(network, images, masks, noise):
+    """What a step minimises, and its terms by name. noise (2, B, 8) is what SD-UTNet samples its codes with."""
+    if isinstance(network, SDUTNet):
+        return metrics.disentangled_loss(network.decompose(images, noise), images, masks)
+    return metrics.soft_dice_loss(network(images), masks), {}
 
 
 # ------------------------------------------------------------------------------------------------ server
@@ -369,9 +393,8 @@ def run(config, why="as given"):
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = True  # a CPU is repeatable as it is; this is cuDNN's part of it on a GPU
     kernels, which_kernels = choose_kernels(config.kernels, device)
-    root, folder = data.find_polypgen(config.data_root), run_folder(config)
-    federation = data.polypgen(root, config.centres, config.out_centre, config.image_size, config.tau, config.split,
-                               config.fold)
+    root, folder = data.find(config.dataset, config.data_root), run_folder(config)
+    federation = load_data(config, root)
     for centre, images in federation.train.items():
         if len(images) < config.batch_size:
             raise RunError(f"centre {centre} has {len(images)} training images, less than --batch-size {config.batch_size}")
@@ -405,12 +428,19 @@ def run(config, why="as given"):
     return test(network, federation, config, folder, history, best)
 
 
+def load_data(config, root):
+    """The data set of a configuration. -> data.Federation"""
+    how = (root, config.centres, config.out_centre, config.image_size, config.tau, config.split, config.fold)
+    return data.lits(*how, config.cache) if config.dataset == "lits" else data.polypgen(*how)
+
+
 def summarise(round_, updates, validation, seconds, source):
-    """One row of rounds.csv: each client's loss, mean step scale and share of scaled steps, validation, time."""
+    """One row of rounds.csv: each client's loss, means of its terms, step scale and scaled steps, validation, time."""
     steps = sum(u.steps for u in updates)
     return {
         "round": round_,
         **{f"loss_C{u.centre}": u.loss.item() for u in updates},
+        **{f"term_{name}": sum(u.steps * u.terms[name].item() for u in updates) / steps for name in updates[0].terms},
         "eta": sum(u.eta.item() for u in updates) / steps,
         "scaled_steps": sum(u.scaled.item() for u in updates) / steps,
         **{name: validation[name]["mean"] for name in ("dice", "dice_s", "dice_l")},
@@ -441,7 +471,7 @@ class Evaluation:
 
 @torch.no_grad()
 def predict(network, images, batch_size=16):
-    """Predicted lesion masks (N, 1, S, S) bool, on the CPU, of images (N, 3, S, S) uint8."""
+    """Predicted lesion masks (N, 1, S, S) bool, on the CPU, of images (N, 3, S, S), or (N, 1, S, S), uint8."""
     network.eval()
     device = next(network.parameters()).device
     batches = (data.normalise(batch.to(device).float() / 255) for batch in images.split(batch_size) if len(batch))
@@ -475,14 +505,27 @@ def test(network, federation, config, folder, history, best):
             heading = f"{title}\nbest (round {best[name]['round']}): test images, evenly spaced by size of lesion"
             everything = [part for parts in evaluations.values() for part in parts]
             write(folder / "predictions.png", metrics.draw_predictions(everything, heading))
+            if config.model == "sd-utnet":
+                write(folder / "anatomy.png", show_anatomy(network, everything[0].images, 0, title))
     results = {"data": federation.source, "notes": federation.notes, "config": asdict(config), "rounds": len(history),
                "seconds": sum(row["seconds"] for row in history), "checkpoints": checkpoints}
     write(folder / "curves.png", metrics.draw_curves(history, title))
     write_csv(folder / "scores.csv", rows)
     write(folder / "results.json", to_json(results))
-    print(f"\n{title}\n{metrics.table(checkpoints)}\n\nin {folder}: results.json, rounds.csv, scores.csv, curves.png, "
-          "predictions.png, best.pt, best_small.pt, last.pt")
+    pictures = "curves.png, predictions.png" + (", anatomy.png" if config.model == "sd-utnet" else "")
+    print(f"\n{title}\n{metrics.table(checkpoints)}\n\nin {folder}: results.json, rounds.csv, scores.csv, {pictures}, "
+          "best.pt, best_small.pt, last.pt")
     return results
+
+
+@torch.no_grad()
+def show_anatomy(network, images, i, title):
+    """Image i of a data.Images as SD-UTNet takes it apart: anatomy, and the reconstruction from it. -> Figure"""
+    network.eval()
+    x = data.normalise(images.images[i : i + 1].to(next(network.parameters()).device).float() / 255)
+    anatomy, (mu, _) = network.a_encoder(x), network.m_encoder(x)
+    heading = f"{title}\nC{images.centre}, {images.names[i]}"
+    return metrics.draw_anatomy(x[0], anatomy[0], network.reconstruct(anatomy, mu)[0], heading)
 
 
 def score_rows(name, split, part, source):
@@ -657,20 +700,22 @@ def to_json(value):
 
 
 def configure(given):
-    """Options given by name -> Config with the preset's values for the others, and the reason for the preset."""
+    """Options given by name -> Config with the data set's and the preset's values for the others, why this preset."""
     preset, why = given.get("preset", "auto"), "as asked"
+    dataset = given.get("dataset", Config.dataset)
     if preset == "auto":
-        real = data.find_polypgen(given.get("data_root", "")) is not None
+        real = data.find(dataset, given.get("data_root", "")) is not None
         gpu = given.get("device") != "cpu" and torch.cuda.is_available()
         preset = "paper" if real and gpu else "quick"
         why = f"{'real' if real else 'no real'} data and {'a' if gpu else 'no'} GPU"
-    return Config(**{**PRESETS[preset], **given, "preset": preset}), why
+    return Config(**{**DATASETS[dataset], **PRESETS[preset], **given, "preset": preset}), why
 
 
 def header(config, why, root, federation, flat, device, which_kernels, folder):
     """What was chosen, why, and how to change it."""
-    where = f"in {root}" if root else ("procedural images, not PolypGen (for PolypGen put data_C1 to data_C6 into "
-                                       f"datasets/{config.dataset} or name their folder with --data-root)")
+    files = {"polypgen": "data_C1 to data_C6", "lits": "LiTS's volumes and segmentations"}[config.dataset]
+    where = f"in {root}" if root else (f"drawn images (for real ones put {files} into datasets/{config.dataset} or name their "
+                                       "folder with --data-root)")
     lines = {
         "method": f"{config.method} with {config.model}, {flat.parameters.numel():,} parameters (width {config.width})",
         "data": "; ".join([f"{federation.source}, {where}", *federation.notes]),
@@ -682,6 +727,11 @@ def header(config, why, root, federation, flat, device, which_kernels, folder):
         "folder": str(folder),
     }
     return "\n".join(f"{name:<9}{text}" for name, text in lines.items())
+
+
+def shown(value):
+    """An option's value as it is typed."""
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 class Parser(argparse.ArgumentParser):
@@ -701,9 +751,9 @@ def parse(arguments=None):
             how["action"] = "store_true"
         else:
             how.setdefault("type", type(f.default))
-            values = ", ".join(f"{name} {preset.get(f.name, f.default)}" for name, preset in PRESETS.items()) \
-                if any(f.name in preset for preset in PRESETS.values()) else f.default
-            how["help"] += f" ({values})" if values else ""
+            others = {"lits": DATASETS["lits"], "quick": PRESETS["quick"]}
+            values = [shown(f.default)] + [f"{name} {shown(v[f.name])}" for name, v in others.items() if f.name in v]
+            how["help"] += f" ({', '.join(values)})" if values[0] else ""
         parser.add_argument(f"--{f.name.replace('_', '-')}", **how)
     return vars(parser.parse_args(arguments))
 

@@ -21,14 +21,38 @@ MEASURES = {  # name in files -> heading in tables; the paper's Dice_S and Dice_
 
 
 def soft_dice_loss(logits, masks):
-    """Soft Dice of a whole batch at once: 1 - (2 sum(p y) + 0.1) / (sum(p) + sum(y) + 0.1).
+    """soft_dice of logits (B, 2, H, W)."""
+    return soft_dice(logits.softmax(dim=1), masks)
 
-    logits (B, 2, H, W); masks (B, 1, H, W), 1 where there is lesion; p is the probability of lesion.
+
+def soft_dice(probabilities, masks):
+    """Soft Dice loss of a whole batch at once: 1 - (2 sum(p y) + 0.1) / (sum(p) + sum(y) + 0.1).
+
+    probabilities (B, 2, H, W), of which p is the second channel, lesion; masks (B, 1, H, W), 1 where there is lesion.
     -> 0-dim tensor. One sum over the batch means that large lesions dominate the gradient.
     """
-    p = logits.softmax(dim=1)[:, 1:]
+    p = probabilities[:, 1:]
     y = masks.to(p.dtype)
     return 1 - (2 * (p * y).sum() + 0.1) / (p.sum() + y.sum() + 0.1)
+
+
+DISENTANGLED_WEIGHTS = {"dice": 10, "kl": 0.01, "latent": 1, "reconstruction": 1}
+
+
+def disentangled_loss(parts, images, masks):
+    """SD-UTNet's training loss: find the lesion, give the image back, keep the modality code normal and readable.
+
+    parts: models.Decomposition of images (B, C, H, W), as the network saw them; masks (B, 1, H, W).
+    -> (total, terms): total is the weighted sum of terms, {name: 0-dim tensor}, which are not weighted.
+    """
+    divergence = -0.5 * (1 + parts.log_variance - parts.mu**2 - parts.log_variance.exp()).sum(dim=1)  # (B,)
+    terms = {
+        "dice": soft_dice(parts.probabilities, masks),
+        "kl": divergence.mean(),  # from N(mu, exp(log_variance)) to N(0, 1)
+        "latent": (parts.z_again - parts.z).abs().mean(),
+        "reconstruction": (parts.reconstruction - images).abs().mean(),
+    }
+    return sum(weight * terms[name] for name, weight in DISENTANGLED_WEIGHTS.items()), terms
 
 
 # ------------------------------------------------------------------------------------------ measures
@@ -114,7 +138,7 @@ def draw_curves(history, title):
         dice.plot(rounds, [row[name] for row in history], ".-", color=colour, label=MEASURES[name])
     scale.plot(rounds, [row["eta"] - 1 for row in history], ".-", color=GREEN, label="mean of η - 1")
     scale.plot(rounds, [row["scaled_steps"] for row in history], ".:", color="0.4", label="share of steps with η > 1")
-    losses.set(title="training loss by client", xlabel="round", ylabel="soft Dice loss")
+    losses.set(title="training loss by client", xlabel="round", ylabel="mean over the round's steps")
     dice.set(title="validation, all clients", xlabel="round", ylabel="mean Dice", ylim=(0, 1))
     scale.set(title="step scale η, all clients", xlabel="round", ylabel="0 = nothing was scaled", ylim=(0, None))
     for axes in (losses, dice, scale):
@@ -141,7 +165,7 @@ def draw_predictions(evaluations, title, count=5):
     for line, (kind, chosen) in zip(grid, kinds.items()):
         for axes, (evaluation, i) in zip(line, chosen):
             images = evaluation.images
-            axes.imshow(images.images[i].permute(1, 2, 0).numpy())
+            axes.imshow(images.images[i].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)  # the map is for CT
             outline(axes, images.masks[i, 0].numpy(), "white", "solid")
             outline(axes, evaluation.predicted[i, 0].numpy(), SKY, "dashed")
             facts = f"{kind}, C{images.centre}, 1/a = {images.inverse_area[i]:.0f}, Dice {evaluation.dice[i]:.2f}"
@@ -164,3 +188,23 @@ def outline(axes, mask, colour, style):
     if mask.any():
         axes.contour(mask, [0.5], colors="black", linewidths=2.6, alpha=0.6)
         axes.contour(mask, [0.5], colors=colour, linewidths=1.4, linestyles=style)
+
+
+def draw_anatomy(image, anatomy, reconstruction, title):
+    """An image, what SD-UTNet makes of it, and the eight channels of anatomy in between. -> Figure
+
+    image, reconstruction (C, H, W), C = 3 or 1, image as the network saw it; anatomy (8, H, W) in [-1, 1].
+    """
+    figure, grid = new_figure(title, 2, 5, (13, 5.6))
+    pair = torch.stack([image, reconstruction]).detach().cpu()
+    pair = (pair - pair.min()) / (pair.max() - pair.min())  # one map to [0, 1] for both, so that they compare
+    for axes, name, x in zip(grid[:, 0], ("image", "reconstruction"), pair):
+        axes.imshow(x.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)  # colour images ignore the last three
+        axes.set_title(name, fontsize=9)
+    for i, (axes, channel) in enumerate(zip(grid[:, 1:].flat, anatomy.detach().cpu().numpy(), strict=True), start=1):
+        scale = axes.imshow(channel, cmap="PuOr", vmin=-1, vmax=1)  # purple and orange differ for colour-blind readers
+        axes.set_title(f"anatomy {i}", fontsize=9)
+    figure.colorbar(scale, ax=grid[:, 1:], label="value of the anatomy channel", shrink=0.8)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    return figure

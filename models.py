@@ -1,20 +1,27 @@
-"""The segmentation network: UTNet, a U-Net whose deep levels attend to the whole image.
+"""The two networks: UTNet, a U-Net whose deep levels attend to the whole image, and SD-UTNet, around it.
 
-    from models import UTNet
-    network = UTNet(in_channels=3, classes=2)       # 14,418,788 parameters
-    logits = network(torch.rand(1, 3, 256, 256))    # (1, 2, 256, 256)
+    from models import SDUTNet, UTNet
+    logits = UTNet(in_channels=3, classes=2)(torch.rand(1, 3, 256, 256))                     # (1, 2, 256, 256)
+    probabilities = SDUTNet(in_channels=3, classes=2, size=256)(torch.rand(2, 3, 256, 256))  # (2, 2, 256, 256)
 
-Gao, Zhou and Metaxas, "UTNet: A Hybrid Transformer Architecture for Medical Image Segmentation",
-MICCAI 2021. The file builds it bottom-up: convolution blocks, attention on a reduced key/value grid,
-the two transformer blocks, the levels, the network. Module names are the published ones, so
-`network.load_state_dict(published, strict=True)` works.
+UTNet (14,418,788 parameters) is Gao, Zhou and Metaxas, "UTNet: A Hybrid Transformer Architecture for Medical
+Image Segmentation", MICCAI 2021. SD-UTNet (18,836,223 at 512 x 512) is the disentangled network of the published
+FedGS implementation: a UTNet draws what is in the image (anatomy), a short vector says how it looks (modality),
+and the lesion is found from the anatomy alone. The file builds both bottom-up: convolution blocks, attention on
+a reduced key/value grid, the two transformer blocks, the levels, UTNet; then SD-UTNet's two encoders, segmentor and
+decoder, SD-UTNet. Module names are the published ones, so `network.load_state_dict(published, strict=True)`
+works.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 GRID = 8  # keys and values live on an 8 x 8 grid, so attention costs HW x 64 instead of HW x HW
+ANATOMY = 8  # channels of SD-UTNet's anatomy
+CODE = 8  # length of SD-UTNet's modality code
 
 
 def conv(in_channels, out_channels, kernel=1, bias=False):
@@ -246,6 +253,184 @@ class UTNet(nn.Module):
         x = self.up3(x, x2)
         x = self.up4(x, x1)
         return self.outc(x)
+
+
+class AnatomyEncoder(nn.Module):
+    """What is in the image, and where: a UTNet whose eight outputs are squashed to [-1, 1]."""
+
+    def __init__(self, in_channels, width):
+        super().__init__()
+        self.utnet = UTNet(in_channels, ANATOMY, width)
+
+    def forward(self, images):                     # (B, in, H, W) -> (B, 8, H, W)
+        return torch.tanh(self.utnet(images))
+
+
+class Segmentor(nn.Module):
+    """Lesion from anatomy: twice (3x3 conv, BN, ReLU), then a 1x1 convolution to probabilities."""
+
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.conv1 = nn.Sequential(conv(ANATOMY, channels, 3, bias=True), nn.BatchNorm2d(channels), nn.ReLU())
+        self.conv2 = nn.Sequential(conv(channels, channels, 3, bias=True), nn.BatchNorm2d(channels), nn.ReLU())
+        self.pred = conv(channels, classes, bias=True)
+
+    def forward(self, anatomy):                    # (B, 8, H, W)
+        x = self.conv2(self.conv1(anatomy))        # (B, 2w, H, W)
+        return self.pred(x).softmax(dim=1)         # (B, classes, H, W)
+
+
+class ModalityEncoder(nn.Module):
+    """How the image looks, as a normal distribution over codes: its mean and the logarithm of its variance.
+
+    Raises ValueError for images that are not size x size, since a linear layer reads every position of the last map.
+    """
+
+    def __init__(self, in_channels, width, size):
+        super().__init__()
+        self.size = size
+        self.block1 = self.halve(in_channels, width // 2)
+        self.block2 = self.halve(width // 2, width)
+        self.block3 = self.halve(width, 2 * width)
+        self.block4 = self.halve(2 * width, 4 * width)
+        self.fc = nn.Linear(4 * width * (size // 16) ** 2, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.mu = nn.Linear(width, CODE)
+        self.logvar = nn.Linear(width, CODE)
+
+    @staticmethod
+    def halve(in_channels, out_channels):
+        """(B, in, H, W) -> (B, out, H/2, W/2)"""
+        strided = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
+        return nn.Sequential(strided, nn.BatchNorm2d(out_channels), nn.LeakyReLU(0.2))
+
+    def forward(self, images):                     # (B, in, size, size)
+        height, width = images.shape[-2:]
+        if (height, width) != (self.size, self.size):
+            raise ValueError(f"this SD-UTNet encodes images of {self.size}x{self.size}, not of {height}x{width}")
+        x = self.block2(self.block1(images))       # (B,  w, size/4,  size/4)
+        x = self.block4(self.block3(x))            # (B, 4w, size/16, size/16)
+        x = self.norm(self.fc(x.flatten(1)))       # (B,  w)
+        x = F.leaky_relu(x, 0.03)
+        return self.mu(x), self.logvar(x)          # (B, 8) each
+
+
+class AdaIN(nn.Module):
+    """Adaptive instance normalisation: every channel of every image to mean 0, variance 1, then the given ones."""
+
+    def __init__(self, channels):
+        super().__init__()
+        # Constants that nothing reads: instance normalisation keeps no statistics, but published checkpoints name them.
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x, shift, scale):            # (B, C, H, W), (B, C), (B, C) -> (B, C, H, W)
+        return scale[:, :, None, None] * F.instance_norm(x, eps=1e-5) + shift[:, :, None, None]
+
+
+class StyleLayers(nn.Module):
+    """The shifts and scales of AdaIN from a modality code; ReLU follows the last layer too, so none is negative."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(CODE, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+        self.fc3 = nn.Linear(hidden, 3 * 2 * ANATOMY)
+
+    def forward(self, z):                          # (B, 8)
+        x = F.relu(self.fc2(F.relu(self.fc1(z))))  # (B, 8w)
+        x = F.relu(self.fc3(x))                    # (B, 48): of each layer 8 shifts, then 8 scales
+        return x.view(-1, 3, 2, ANATOMY)
+
+
+class PaintLayers(nn.Module):
+    """An image from anatomy: four 3x3 convolutions, AdaIN after the first three and no other activation."""
+
+    def __init__(self, out_channels):
+        super().__init__()
+        self.conv1, self.adain1 = conv(ANATOMY, ANATOMY, 3, bias=True), AdaIN(ANATOMY)
+        self.conv2, self.adain2 = conv(ANATOMY, ANATOMY, 3, bias=True), AdaIN(ANATOMY)
+        self.conv3, self.adain3 = conv(ANATOMY, ANATOMY, 3, bias=True), AdaIN(ANATOMY)
+        self.conv4 = conv(ANATOMY, out_channels, 3, bias=True)
+
+    def forward(self, anatomy, style):             # (B, 8, H, W), (B, 3, 2, 8)
+        (shift1, scale1), (shift2, scale2), (shift3, scale3) = (layer.unbind(1) for layer in style.unbind(1))
+        x = self.adain1(self.conv1(anatomy), shift1, scale1)
+        x = self.adain2(self.conv2(x), shift2, scale2)
+        x = self.adain3(self.conv3(x), shift3, scale3)
+        return torch.tanh(self.conv4(x))           # (B, out, H, W)
+
+
+class Decoder(nn.Module):
+    """The image again, from its anatomy and a modality code."""
+
+    def __init__(self, out_channels, width):
+        super().__init__()
+        self.decoder = nn.ModuleDict({"dec": PaintLayers(out_channels), "mlp": StyleLayers(8 * width)})
+
+    def forward(self, anatomy, z):                 # (B, 8, H, W), (B, 8) -> (B, out, H, W)
+        return self.decoder["dec"](anatomy, self.decoder["mlp"](z))
+
+
+class Decomposition(NamedTuple):
+    """What SD-UTNet makes of a batch in training."""
+
+    anatomy: torch.Tensor         # (B, 8, H, W) in [-1, 1]
+    probabilities: torch.Tensor   # (B, classes, H, W)
+    reconstruction: torch.Tensor  # (B, in_channels, H, W) in [-1, 1]
+    mu: torch.Tensor              # (B, 8) mean of the modality code
+    log_variance: torch.Tensor    # (B, 8)
+    z: torch.Tensor               # (B, 8) the code that was drawn and decoded
+    z_again: torch.Tensor         # (B, 8) a code drawn for the reconstruction
+
+
+class SDUTNet(nn.Module):
+    """SD-UTNet: probabilities (B, classes, size, size) of images (B, in_channels, size, size).
+
+    Disentangled: the image is taken apart into anatomy, a map with eight channels, and modality, a code
+    of eight numbers that says how such anatomy looks here. Both together must give the image back; the segmentor sees
+    the anatomy only. In eval mode, a_encoder(images) is the anatomy and m_encoder(images) the code's mean and log
+    variance. Raises ValueError unless size is positive and divisible by 16.
+    """
+
+    def __init__(self, in_channels=3, classes=2, width=32, size=512):
+        super().__init__()
+        if size % 16 or size <= 0:
+            raise ValueError(f"SD-UTNet halves its input four times: image size {size} must be divisible by 16")
+        self.a_encoder = AnatomyEncoder(in_channels, width)
+        self.segmentor = Segmentor(2 * width, classes)
+        self.m_encoder = ModalityEncoder(in_channels, width, size)
+        self.decoder = Decoder(in_channels, width)
+        self.apply(initialise)
+
+    def forward(self, images):                     # (B, in, H, W) -> (B, classes, H, W)
+        """The segmentation alone, without a random draw: all that evaluation needs."""
+        return self.segmentor(self.a_encoder(images))
+
+    def decompose(self, images, noise):
+        """Everything that the training loss needs.
+
+        images (B, in_channels, size, size); noise (2, B, 8), standard normal, the caller's draw: for the code of the
+        images and for the code of their reconstructions. -> Decomposition
+        Raises ValueError for one image in training mode: batch norm of a vector needs two to have a variance.
+        """
+        if self.training and len(images) < 2:
+            raise ValueError("SD-UTNet trains on two images or more: one vector has no variance for batch norm")
+        anatomy = self.a_encoder(images)
+        mu, log_variance = self.m_encoder(images)
+        z = draw_code(mu, log_variance, noise[0])
+        reconstruction = self.reconstruct(anatomy, z)
+        z_again = draw_code(*self.m_encoder(reconstruction), noise[1])
+        return Decomposition(anatomy, self.segmentor(anatomy), reconstruction, mu, log_variance, z, z_again)
+
+    def reconstruct(self, anatomy, z):
+        """The image (B, in_channels, H, W), in [-1, 1], of anatomy (B, 8, H, W) that looks as z (B, 8) says."""
+        return self.decoder(anatomy, z)
+
+
+def draw_code(mu, log_variance, noise):
+    """A draw from N(mu, exp(log_variance)) that gradients pass through: (B, 8) each -> (B, 8)"""
+    return mu + noise * torch.exp(log_variance / 2)
 
 
 def initialise(module):

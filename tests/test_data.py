@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import data
+import standin
 from data import DataError, augment, is_small, polypgen, shuffled_split, split_units
 
 # ------------------------------------------------------------------------------------ a folder of PolypGen
@@ -326,13 +327,13 @@ def test_normalise():
 
 
 def test_stand_in_is_deterministic():
-    first, again = (data.stand_in_polypgen(2, 3, 48) for _ in range(2))
+    first, again = (standin.polypgen_frames(2, 3, 48) for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(first, again))
-    assert not np.array_equal(first[0], data.stand_in_polypgen(2, 3, 48, seed=1)[0])
+    assert not np.array_equal(first[0], standin.polypgen_frames(2, 3, 48, seed=1)[0])
 
 
 def test_stand_in_shows_the_same_scene_at_every_size():
-    (fine, fine_masks), (coarse, coarse_masks) = (data.stand_in_polypgen(3, 6, size) for size in (128, 64))
+    (fine, fine_masks), (coarse, coarse_masks) = (standin.polypgen_frames(3, 6, size) for size in (128, 64))
     shrunk = fine.reshape(6, 64, 2, 64, 2, 3).mean((2, 4))
     assert np.abs(shrunk - coarse).mean() < 6  # of 255
     assert np.abs(fine_masks.mean((1, 2)) - coarse_masks.mean((1, 2))).max() < 0.002
@@ -340,8 +341,8 @@ def test_stand_in_shows_the_same_scene_at_every_size():
 
 @pytest.mark.parametrize("centre", data.POLYPGEN_CENTRES)
 def test_stand_in_has_the_published_statistics(centre):
-    frames, empty, several, quantiles = data.PUBLISHED[centre]
-    _, masks = data.stand_in_polypgen(centre, 200, 128)
+    frames, empty, several, quantiles = standin.POLYPGEN[centre]
+    _, masks = standin.polypgen_frames(centre, 200, 128)
     areas = np.array([data.inverse_area(mask) for mask in masks])
     assert np.isinf(areas).sum() == round(200 * empty / frames)
     realised = np.quantile(areas[np.isfinite(areas)], [0.05, 0.25, 0.5, 0.75, 0.95])

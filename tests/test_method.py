@@ -209,7 +209,7 @@ def test_a_client_depends_on_seed_round_and_centre_alone(flat, generator):
 
 def update(flat, centre, delta, steps=1, images=1, buffers=0.0, counters=0):
     return Update(centre, torch.full_like(flat.parameters, delta), torch.full_like(flat.buffers, buffers),
-                  torch.full_like(flat.counters, counters), steps, images, torch.tensor(0.5), torch.tensor(1.0), torch.tensor(0.0))
+                  torch.full_like(flat.counters, counters), steps, images, torch.tensor(0.5), {}, torch.tensor(1.0), torch.tensor(0.0))
 
 
 @pytest.mark.parametrize("method, share", [("fedgs", 3 / 4), ("fedavg", 1 / 5)])  # T_k against n_k

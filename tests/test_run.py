@@ -19,7 +19,8 @@ from PIL import Image
 
 import fedgs
 from conftest import ROOT
-from models import UTNet
+from metrics import DISENTANGLED_WEIGHTS
+from models import SDUTNet, UTNet
 
 TINY = ["--data-root", "stand-in", "--centres", "4", "5", "6", "--image-size", "32", "--width", "2", "--batch-size", "8",
         "--local-epochs", "1", "--lr", "1e-3", "--rounds", "2"]
@@ -112,6 +113,24 @@ def test_pictures_are_pictures(finished):
     for name in ("curves.png", "predictions.png"):
         with Image.open(finished / name) as image:
             assert min(image.size) > 300 and len(image.convert("RGB").getcolors(1 << 24)) > 100
+
+
+def test_disentangled_run(tmp_path):
+    """SD-UTNet from one end to the other: the loss's terms, the picture, and a resumed run like an uninterrupted one."""
+    options = ["--model", "sd-utnet", "--local-epochs", 2]
+    assert run(tmp_path / "whole", *options) == 0
+    assert run(tmp_path / "parts", *options, "--rounds", 1) == 0
+    assert run(tmp_path / "parts", *options, "--rounds", 2, "--resume") == 0
+    whole, parts = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    SDUTNet(width=2, size=32).load_state_dict(whole, strict=True)
+    for row in rows(tmp_path / "whole" / "rounds.csv"):
+        terms = {name: float(row[f"term_{name}"]) for name in DISENTANGLED_WEIGHTS}
+        steps = {"C4": 9, "C5": 8}  # of 72 and 66 images
+        loss = sum(steps[k] * float(row[f"loss_{k}"]) for k in steps) / sum(steps.values())
+        assert sum(weight * terms[name] for name, weight in DISENTANGLED_WEIGHTS.items()) == pytest.approx(loss, rel=1e-4)
+    with Image.open(tmp_path / "whole" / "anatomy.png") as image:
+        assert min(image.size) > 300 and len(image.convert("RGB").getcolors(1 << 24)) > 100
 
 
 def test_same_seed_same_rounds(finished, tmp_path):
@@ -235,6 +254,7 @@ def refused(capsys, code, *words):
     (["--centres", "6"], ["--centres", "no client"]),
     (["--out-centre", "3"], ["--out-centre 3"]),
     (["--batch-size", "80"], ["centre 4", "--batch-size 80"]),
+    (["--model", "sd-utnet", "--batch-size", "1"], ["--batch-size 1", "sd-utnet needs two images"]),
     (["--data-root", "no/such/folder"], ["--data-root no/such/folder", "no such folder"]),
     (["--data-root", "."], ["--data-root", "data_C1"]),
 ])
