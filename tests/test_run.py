@@ -117,7 +117,7 @@ def test_pictures_are_pictures(finished):
 
 def test_disentangled_run(tmp_path):
     """SD-UTNet from one end to the other: the loss's terms, the picture, and a resumed run like an uninterrupted one."""
-    options = ["--model", "sd-utnet", "--local-epochs", 2]
+    options = ["--model", "sd-utnet"]
     assert run(tmp_path / "whole", *options) == 0
     assert run(tmp_path / "parts", *options, "--rounds", 1) == 0
     assert run(tmp_path / "parts", *options, "--rounds", 2, "--resume") == 0
