@@ -41,7 +41,7 @@ import standin
 POLYPGEN_CENTRES = (1, 2, 3, 4, 5, 6)
 POLYPGEN_TAU = 150  # the threshold that the published size flags were made with
 RULE_SIZE = 512  # smallness and inverse area are measured on the mask at 512 x 512, whatever the network sees
-LITS_CENTRES = {1: range(30), 2: range(30, 60), 3: range(60, 90), 4: range(90, 120), 5: range(120, 131)}  # volume numbers
+LITS_CENTRES = {1: range(30), 2: range(30, 60), 3: range(60, 90), 4: range(90, 120), 5: range(120, 131)}  # volumes
 CENTRES = {"polypgen": POLYPGEN_CENTRES, "lits": tuple(LITS_CENTRES)}
 
 
@@ -317,10 +317,10 @@ def find_volumes(root):
                 raise DataError(f"{path}: LiTS numbers its volumes from 0 to {LITS_CENTRES[5][-1]}")
             found[kind][number] = path
     volumes, segmentations = found["volume"], found["segmentation"]
-    for kind, other, missing in ((volumes, "segmentation", volumes.keys() - segmentations), (segmentations, "volume",
-                                                                                             segmentations.keys() - volumes)):
-        if missing:
-            raise DataError(f"{kind[min(missing)]} has no {other}: {other}-{min(missing)}.nii or .nii.gz is missing in {root}")
+    for files, others, name in ((volumes, segmentations, "segmentation"), (segmentations, volumes, "volume")):
+        if missing := files.keys() - others:
+            first = min(missing)
+            raise DataError(f"{files[first]} has no {name}: {name}-{first}.nii or .nii.gz is missing in {root}")
     return {number: (volumes[number], segmentations[number]) for number in volumes}
 
 
@@ -344,7 +344,8 @@ def cached_slices(number, volume, segmentation, cache):
         np.savez_compressed(temporary, key=key, shape=images.shape, slices=slices, images=images, masks=np.packbits(masks))
         os.replace(temporary, path)
     except OSError as error:
-        raise DataError(f"cannot write the cache {cache} ({error.strerror or error}): choose another folder with --cache") from error
+        why = error.strerror or error
+        raise DataError(f"cannot write the cache {cache} ({why}): choose another folder with --cache") from error
     return slices, images, masks
 
 
@@ -362,7 +363,7 @@ def read_slices(volume_path, segmentation_path):
         labels = read_block(segmentation, segmentation_path, start)
         if not np.isin(labels, (0, 1, 2)).all():
             other = labels[~np.isin(labels, (0, 1, 2))][0]
-            raise DataError(f"{segmentation_path} holds the label {other:g}; LiTS has 0 (background), 1 (liver) and 2 (tumour)")
+            raise DataError(f"{segmentation_path} holds the label {other:g}; LiTS has 0 (background), 1 (liver), 2 (tumour)")
         tumour = (labels == 2).transpose(2, 0, 1)
         kept = np.flatnonzero(tumour.sum((1, 2)) > TUMOUR_PIXELS)
         if len(kept):

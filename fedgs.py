@@ -106,7 +106,8 @@ PRESETS = {
     "paper": {},
     "quick": dict(rounds=7, local_epochs=1, image_size=80, width=8, lr=1e-3),  # two to three minutes on two CPU cores
 }
-FREE_ON_RESUME = {"preset", "rounds", "device", "kernels", "data_root", "cache", "out", "resume"}  # a round stays what it was
+# Options that may change when a run goes on: what a round computes stays the same, up to rounding.
+FREE_ON_RESUME = {"preset", "rounds", "device", "kernels", "data_root", "cache", "out", "resume"}
 
 
 def check(config):
@@ -124,7 +125,8 @@ def check(config):
     require(config.width > 1 or config.model != "sd-utnet", "width", config, "sd-utnet needs 2 or more")
     known = data.CENTRES[config.dataset]
     require(set(config.centres) <= set(known), "centres", config, f"must be among {' '.join(map(str, known))}")
-    require(config.split != "grouped" or config.dataset == "polypgen", "split", config, "LiTS is split by volume anyway: fold or centre")
+    require(config.split != "grouped" or config.dataset == "polypgen", "split", config,
+            "LiTS is split by volume anyway: fold or centre")
     require(len(set(config.centres)) == len(config.centres), "centres", config, "names a centre twice")
     require(config.out_centre in config.centres, "out_centre", config, "must be among --centres")
     require(len(config.centres) > 1, "centres", config, "leaves no client beside the held-out centre")
@@ -722,7 +724,8 @@ def header(config, why, root, federation, flat, device, which_kernels, folder):
         "images": ", ".join(f"{k} {n}" for k, n in count_images(federation).items()) + " (train + validation + test)",
         "preset": f"{config.preset} ({why}); choose with --preset paper or quick, any option given overrides it",
         "training": f"{config.rounds} rounds x {config.local_epochs} epochs, batch {config.batch_size}, "
-                    f"{config.image_size}x{config.image_size}, lr {config.lr:g}, server lr {config.server_lr:g}, seed {config.seed}, on {device}",
+                    f"{config.image_size}x{config.image_size}, lr {config.lr:g}, server lr {config.server_lr:g}, "
+                    f"seed {config.seed}, on {device}",
         "kernels": which_kernels,
         "folder": str(folder),
     }

@@ -64,7 +64,8 @@ def adamw_accumulate_(theta, grad, m, v, step, lr, delta=None, eta=None,
     check_apart(vectors | ({} if eta is None else {"eta": eta}))
     require((delta is None) == (eta is None), "delta and eta go together")
     if eta is not None:
-        require(eta.shape == () and eta.dtype == torch.float32, f"eta must be 0-dim float32, not {eta.dtype} {tuple(eta.shape)}")
+        require(eta.shape == () and eta.dtype == torch.float32,
+                f"eta must be 0-dim float32, not {eta.dtype} of shape {tuple(eta.shape)}")
         require(eta.device == theta.device, f"eta is on {eta.device}, theta on {theta.device}")
     require(step >= 1, f"step must count from 1, not {step}")
     given = (theta.data_ptr(), grad.data_ptr(), m.data_ptr(), v.data_ptr(), 0 if delta is None else delta.data_ptr(),

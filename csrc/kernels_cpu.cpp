@@ -183,7 +183,8 @@ void aggregate_cpu(const float* theta, const float* const* updates, const float*
             const float* from = theta;
             for (int k = 0, count; k < clients; k += count, from = out) {
                 count = k + 4 <= clients ? 4 : 1;
-                (count == 4 ? subtract_four : subtract)(from, updates + k, weights + k, block, out, &partial[size_t(i * clients + k)]);
+                const auto sum = count == 4 ? subtract_four : subtract;
+                sum(from, updates + k, weights + k, block, out, &partial[size_t(i * clients + k)]);
             }
         }
     });
