@@ -6,10 +6,14 @@ the kernels see addresses only: what does not fit raises ValueError with the arg
 """
 
 import functools
+from pathlib import Path
 
 import torch
 
-from csrc import _kernels
+import csrc._kernels as _kernels  # "from csrc" would blame a circular import where it is not compiled
+
+if Path(_kernels.__file__).resolve().parent != Path(__file__).resolve().parent:
+    raise ImportError(f"{_kernels.__file__} belongs to another copy of FedGS")  # where two share an environment
 
 PIXELS = {torch.bool: _kernels.Pixel.byte, torch.uint8: _kernels.Pixel.byte, torch.int64: _kernels.Pixel.int64,
           torch.float32: _kernels.Pixel.float32}
