@@ -14,9 +14,12 @@ Med Image Anal 84, 2023), from any sub-folders, as .nii or .nii.gz:
     volume-0.nii    segmentation-0.nii    … to 130: 0 background, 1 liver, 2 tumour
 """
 
+import contextlib
 import csv
+import gzip
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -115,7 +118,7 @@ def lits(root, centres=tuple(LITS_CENTRES), out_centre=5, size=512, tau=1000, sp
     if root is None:
         root = stand_in_volumes(Path(cache or "datasets/lits-stand-in"))
         cache = root / "fedgs-cache"
-    source = "LiTS stand-in" if (Path(root) / STAND_IN_MARK).exists() else "LiTS"
+    source = "LiTS stand-in" if next(Path(root).rglob(STAND_IN_MARK), None) else "LiTS"
     loaded, units = read_lits(Path(root), centres, size, tau, Path(cache or Path(root) / "fedgs-cache"))
     return federate(source, ["slices with more than 50 tumour pixels"], loaded, out_centre, units, split, fold)
 
@@ -164,7 +167,7 @@ def find(dataset, root=""):
     if dataset == "polypgen":
         held, wanted = any((folder / f"data_C{k}").is_dir() for k in POLYPGEN_CENTRES), "data_C1 to data_C6"
     else:
-        held, wanted = next(folder.rglob("volume-*.nii*"), None) is not None, "volume-0.nii and so on"
+        held, wanted = any(kind == "volume" for kind, _, _ in nifti_files(folder)), "volume-0.nii and so on"
     found = root != "stand-in" and held
     if root and root != "stand-in" and not found:
         raise DataError(f"--data-root {root}: " + (f"no {wanted} in it" if folder.is_dir() else "no such folder"))
@@ -298,7 +301,7 @@ def read_lits(root, centres, size, tau, cache):
                     if len(rows) > start:
                         units[centre].append(list(range(start, len(rows))))
             if not rows:
-                raise DataError(f"{root}: no slice with a tumour for centre {centre}, volumes {numbers[centre][0]} to "
+                raise DataError(f"{root}: no slice with a tumour for centre {centre}, volumes {min(numbers[centre])} to "
                                 f"{max(numbers[centre])} (leave it out with --centres)")
             names, images, masks, inverse_areas = zip(*rows)
             loaded.append(collect(centre, list(names), images, masks, inverse_areas, [a >= tau for a in inverse_areas]))
@@ -308,14 +311,12 @@ def read_lits(root, centres, size, tau, cache):
 def find_volumes(root):
     """{number: (volume, segmentation)} of the NIfTI files in root and below. Raises DataError naming what is missing."""
     found = {"volume": {}, "segmentation": {}}
-    for path in sorted(root.rglob("*.nii*")):
-        if match := re.fullmatch(r"(volume|segmentation)-(\d+)\.nii(\.gz)?", path.name):
-            kind, number = match[1], int(match[2])
-            if number in found[kind]:
-                raise DataError(f"{path} and {found[kind][number]} are the same {kind}: keep one of them")
-            if number > LITS_CENTRES[5][-1]:
-                raise DataError(f"{path}: LiTS numbers its volumes from 0 to {LITS_CENTRES[5][-1]}")
-            found[kind][number] = path
+    for kind, number, path in nifti_files(root):
+        if number in found[kind]:
+            raise DataError(f"{path} and {found[kind][number]} are the same {kind}: keep one of them")
+        if number > LITS_CENTRES[5][-1]:
+            raise DataError(f"{path}: LiTS numbers its volumes from 0 to {LITS_CENTRES[5][-1]}")
+        found[kind][number] = path
     volumes, segmentations = found["volume"], found["segmentation"]
     for files, others, name in ((volumes, segmentations, "segmentation"), (segmentations, volumes, "volume")):
         if missing := files.keys() - others:
@@ -324,19 +325,26 @@ def find_volumes(root):
     return {number: (volumes[number], segmentations[number]) for number in volumes}
 
 
+def nifti_files(root):
+    """LiTS's files in root and below, in order -> [("volume" or "segmentation", number, path)]"""
+    paths = sorted(Path(folder) / name for folder, _, names in os.walk(root, followlinks=True) for name in names)
+    matches = ((path, re.fullmatch(r"(volume|segmentation)-(\d+)\.nii(\.gz)?", path.name)) for path in paths)
+    return [(match[1], int(match[2]), path) for path, match in matches if match and path.is_file()]
+
+
 def cached_slices(number, volume, segmentation, cache):
     """read_slices, through a file in the cache that is made anew where it is missing, stale or damaged."""
     path = cache / f"volume-{number}.npz"
-    stats = [file.stat() for file in (volume, segmentation)]
-    key = json.dumps([2, WINDOW, TUMOUR_PIXELS, [(stat.st_size, stat.st_mtime_ns) for stat in stats]])
+    sources = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in (volume, segmentation)]
+    key = json.dumps([WINDOW, TUMOUR_PIXELS, sources])
     try:
         with np.load(path, allow_pickle=False) as stored:
             if str(stored["key"]) == key:
                 shape = tuple(stored["shape"])
                 masks = np.unpackbits(stored["masks"], count=math.prod(shape)).reshape(shape).astype(bool)
                 return stored["slices"], stored["images"].reshape(shape), masks
-    except (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile):
-        pass  # not there, or not whole
+    except (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, zlib.error, zipfile.BadZipFile):
+        pass  # not there, or not whole; zipfile raises RuntimeErrors, too
     slices, images, masks = read_slices(volume, segmentation)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
     try:
@@ -344,6 +352,8 @@ def cached_slices(number, volume, segmentation, cache):
         np.savez_compressed(temporary, key=key, shape=images.shape, slices=slices, images=images, masks=np.packbits(masks))
         os.replace(temporary, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         why = error.strerror or error
         raise DataError(f"cannot write the cache {cache} ({why}): choose another folder with --cache") from error
     return slices, images, masks
@@ -358,6 +368,8 @@ def read_slices(volume_path, segmentation_path):
     volume, segmentation = open_nifti(volume_path), open_nifti(segmentation_path)
     if volume.shape != segmentation.shape:
         raise DataError(f"{segmentation_path} is of shape {segmentation.shape}, its volume {volume.shape}")
+    for path, image in ((volume_path, volume), (segmentation_path, segmentation)):
+        check_whole(path, image)
     slices, images, masks = [], [np.zeros((0, *volume.shape[:2]), np.uint8)], [np.zeros((0, *volume.shape[:2]), bool)]
     for start in range(0, volume.shape[2], BLOCK):
         labels = read_block(segmentation, segmentation_path, start)
@@ -379,13 +391,30 @@ def read_slices(volume_path, segmentation_path):
 
 def open_nifti(path):
     """A NIfTI file whose data is read on demand. Raises DataError naming the file."""
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # it would print what is raised here
     try:
         image = nibabel.load(path, keep_file_open=True)  # otherwise every block would decompress from the beginning
-    except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
+    except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError,
+            nibabel.spatialimages.HeaderDataError, nibabel.wrapstruct.WrapStructError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
-    if len(image.shape) != 3:
-        raise DataError(f"{path} has {len(image.shape)} dimensions, a volume has three")
+    if len(image.shape) != 3 or min(image.shape) < 1:
+        raise DataError(f"{path} has {len(image.shape)} dimensions, {image.shape}; a volume has three, and a slice at least")
+    if image.get_data_dtype().kind not in "iuf":
+        raise DataError(f"{path} holds values of type {image.get_data_dtype()}; a volume holds numbers")
     return image
+
+
+def check_whole(path, image):
+    """Raise DataError for a NIfTI file that is cut short, or compressed and not what its checksum says."""
+    try:
+        if path.suffix == ".gz":
+            with gzip.open(path) as file:
+                while file.read(1 << 20):
+                    pass
+        elif path.stat().st_size < image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize:
+            raise EOFError(f"{path.stat().st_size} bytes are too few")
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read {path}, it is damaged or cut short: {error}") from error
 
 
 def read_block(image, path, start):
@@ -405,19 +434,27 @@ def slices_at_size(number, slices, images, masks, size):
 
 
 def stand_in_volumes(folder):
-    """Write the drawn volumes into a folder, once, as NIfTI files with LiTS's names. -> the folder"""
+    """Write the drawn volumes into a folder, once, as NIfTI files with LiTS's names. -> the folder
+
+    Raises DataError for a folder that cannot be written, or that holds volumes which were not drawn.
+    """
     mark, text = folder / STAND_IN_MARK, "Drawn by FedGS's standin.py (version 1): these volumes are not LiTS.\n"
-    if mark.exists() and mark.read_text() == text:
+    if mark.exists() and mark.read_text(errors="replace") == text:
         return folder
+    if not mark.exists() and nifti_files(folder):
+        raise DataError(f"{folder} holds volumes that are not the stand-in's: choose another folder with --cache")
     total = sum(volumes for volumes, _, _ in standin.LITS.values())
     affine = np.diag([-0.8 * 512 / standin.LITS_SIDE, -0.8 * 512 / standin.LITS_SIDE, 5.0, 1.0])  # mm
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        mark.write_text(f"Unfinished. {text}")
         with tqdm(total=total, desc="drawing the stand-in", unit="volume", leave=False, disable=None) as progress:
             for centre, numbers in LITS_CENTRES.items():
                 for number, (hu, labels) in zip(numbers, standin.lits_volumes(centre)):
                     for kind, values in (("volume", hu), ("segmentation", labels)):
-                        nibabel.Nifti1Image(values, affine).to_filename(folder / f"{kind}-{number}.nii.gz")
+                        temporary = folder / f".{kind}-{number}.{os.getpid()}.nii.gz"
+                        nibabel.Nifti1Image(values, affine).to_filename(temporary)
+                        os.replace(temporary, folder / f"{kind}-{number}.nii.gz")
                     progress.update()
         mark.write_text(text)
     except OSError as error:

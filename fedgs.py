@@ -94,7 +94,8 @@ class Config:
     data_root: str = option("", "folder of the data set, or stand-in for procedural images; default: datasets/<dataset> "
                             "if it is there, else the stand-in")
     cache: str = option("", "folder for what is decoded or drawn once; default: fedgs-cache beside LiTS's volumes")
-    out: str = option("", "folder of the run; default: runs/<dataset>-<method>-<model>-f<fold>-s<seed>")
+    out: str = option("", "folder of the run; default: runs/<dataset>-<method>-<model>-f<fold>-s<seed>, "
+                     "or -centre- for that split")
     resume: bool = option(False, "continue the run in its folder")
 
 
@@ -127,6 +128,7 @@ def check(config):
     require(set(config.centres) <= set(known), "centres", config, f"must be among {' '.join(map(str, known))}")
     require(config.split != "grouped" or config.dataset == "polypgen", "split", config,
             "LiTS is split by volume anyway: fold or centre")
+    require(config.fold == 1 or config.split != "centre", "fold", config, "--split centre has no folds, choose --split fold")
     require(len(set(config.centres)) == len(config.centres), "centres", config, "names a centre twice")
     require(config.out_centre in config.centres, "out_centre", config, "must be among --centres")
     require(len(config.centres) > 1, "centres", config, "leaves no client beside the held-out centre")
@@ -491,7 +493,8 @@ def evaluate(network, images):
 
 def test(network, federation, config, folder, history, best):
     """Evaluate `best` and `best_small` on in-test and out-test, write tables and pictures. -> content of results.json"""
-    title = f"{config.method}, {config.model}, fold {config.fold}, seed {config.seed} on {federation.source}"
+    part = "published split" if config.split == "centre" else f"fold {config.fold}"
+    title = f"{config.method}, {config.model}, {part}, seed {config.seed} on {federation.source}"
     splits = {"in_test": federation.in_test.values(), "out_test": [federation.out_test]}
     rows, checkpoints = [], {}
     for name in ("best", "best_small"):
@@ -508,7 +511,8 @@ def test(network, federation, config, folder, history, best):
             everything = [part for parts in evaluations.values() for part in parts]
             write(folder / "predictions.png", metrics.draw_predictions(everything, heading))
             if config.model == "sd-utnet":
-                write(folder / "anatomy.png", show_anatomy(network, everything[0].images, 0, title))
+                first = next(part.images for part in everything if len(part.images))
+                write(folder / "anatomy.png", show_anatomy(network, first, 0, title))
     results = {"data": federation.source, "notes": federation.notes, "config": asdict(config), "rounds": len(history),
                "seconds": sum(row["seconds"] for row in history), "checkpoints": checkpoints}
     write(folder / "curves.png", metrics.draw_curves(history, title))
@@ -543,7 +547,8 @@ def score_rows(name, split, part, source):
 
 def run_folder(config):
     """Where a run keeps its files."""
-    return Path(config.out or f"runs/{config.dataset}-{config.method}-{config.model}-f{config.fold}-s{config.seed}")
+    part = "centre" if config.split == "centre" else f"f{config.fold}"
+    return Path(config.out or f"runs/{config.dataset}-{config.method}-{config.model}-{part}-s{config.seed}")
 
 
 def describe_run(config, federation, device, kernels):

@@ -171,6 +171,24 @@ def test_stale_and_damaged_caches_are_made_anew(two_clients):
     assert [name for images in everything for name in images.names if "-5_" in name] == ["volume-5_slice-0"]
 
 
+def test_files_that_look_alike_do_not_share_a_cache(tmp_path):
+    for folder, value in (("a", 0), ("b", 100)):
+        for number in (0, 1, 2, 120):
+            write_volume(tmp_path / folder, number, labels_of(60), np.full((16, 20, 1), value), suffix=".nii")
+        for path in (tmp_path / folder).iterdir():
+            os.utime(path, ns=(1, 1))
+    greys = [data.lits(tmp_path / folder, centres=(1, 5), size=16, cache=str(tmp_path / "cache")).out_test.images.unique().tolist()
+             for folder in ("a", "b")]
+    assert greys == [[128], [191]]
+
+
+def test_folders_may_be_links(two_clients, tmp_path):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "lits").symlink_to(two_clients, target_is_directory=True)
+    assert data.find("lits", str(tmp_path / "linked")) == tmp_path / "linked"
+    assert data.fingerprint(read(tmp_path / "linked")) == data.fingerprint(read(two_clients))
+
+
 # --------------------------------------------------------------------------------------------------- errors
 
 
@@ -222,6 +240,31 @@ def break_tumours(root):
         nibabel.Nifti1Image(np.ones((16, 20, 3), np.uint8), np.eye(4)).to_filename(path)
 
 
+def break_checksum(root):
+    """A bit that turned over; the slices with a tumour can still be decoded."""
+    path = root / "part2" / "volume-0.nii.gz"
+    content = bytearray(path.read_bytes())
+    content[-6] ^= 1
+    path.write_bytes(content)
+
+
+def break_end(root):
+    path = root / "part1" / "volume-1.nii"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def break_type(root):
+    rgb = np.zeros((16, 20, 3), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nibabel.Nifti1Image(rgb, np.eye(4)).to_filename(root / "part2" / "volume-0.nii.gz")
+
+
+def break_header(root):
+    path = root / "part1" / "volume-1.nii"
+    content = bytearray(path.read_bytes())
+    content[70:72] = (9999).to_bytes(2, "little")  # the type of the values
+    path.write_bytes(content)
+
+
 def break_values(root):
     write_volume(root / "part2", 0, labels_of(60), np.full((16, 20, 1), np.nan), dtype=np.float32)
 
@@ -238,6 +281,10 @@ def break_values(root):
     (break_number, ("segmentation-131", "0 to 130")),
     (break_tumours, ("no slice with a tumour for centre 5", "--centres")),
     (break_values, ("volume-0.nii.gz", "no numbers")),
+    (break_checksum, ("volume-0.nii.gz", "damaged or cut short")),
+    (break_end, ("volume-1.nii", "damaged or cut short")),
+    (break_type, ("volume-0.nii.gz", "type")),
+    (break_header, ("cannot read", "volume-1.nii")),
 ])
 def test_bad_input_is_one_line(two_clients, harm, words, capsys, tmp_path):
     harm(two_clients)
@@ -252,6 +299,7 @@ def test_bad_input_is_one_line(two_clients, harm, words, capsys, tmp_path):
     (["--centres", "1", "2", "5"], ("no slice with a tumour for centre 2", "volumes 30 to 59")),
     (["--centres", "1", "6", "--out-centre", "6"], ("--centres 1 6", "1 2 3 4 5")),
     (["--split", "grouped"], ("--split grouped", "LiTS is split by volume")),
+    (["--fold", "2"], ("--fold 2", "--split centre has no folds")),
     (["--cache", "FILE/cache"], ("cannot write the cache", "--cache")),
     (["--data-root", "FILE"], ("--data-root", "no such folder")),
 ])
@@ -281,14 +329,23 @@ def test_stand_in_is_written_once_and_read_as_lits_is(small_stand_in, tmp_path, 
     monkeypatch.setattr(standin, "lits_volumes", lambda *_: pytest.fail("drawn again"))
     again = data.lits(None, size=32, cache=str(tmp_path / "drawn"))
     assert data.fingerprint(federation) == data.fingerprint(again)
-    assert data.lits(tmp_path / "drawn", size=32).source == "LiTS stand-in"  # also when it is named as the data
+    for root in (tmp_path / "drawn", tmp_path):  # also when it, or what holds it, is named as the data
+        assert data.lits(root, size=32).source == "LiTS stand-in"
 
 
 def test_drawing_that_was_interrupted_begins_again(small_stand_in, tmp_path):
     data.stand_in_volumes(tmp_path)
-    (tmp_path / data.STAND_IN_MARK).unlink()
+    mark = tmp_path / data.STAND_IN_MARK
+    mark.write_text("Unfinished. " + mark.read_text())
     (tmp_path / "volume-0.nii.gz").write_bytes(b"half a file")
     assert data.lits(None, size=32, cache=str(tmp_path)).source == "LiTS stand-in"
+
+
+def test_stand_in_never_takes_the_place_of_volumes(two_clients):
+    before = {path: path.read_bytes() for path in two_clients.rglob("*") if path.is_file()}
+    with pytest.raises(DataError, match="holds volumes that are not the stand-in's"):
+        data.lits(None, cache=str(two_clients))
+    assert {path: path.read_bytes() for path in two_clients.rglob("*") if path.is_file()} == before
 
 
 def test_stand_in_that_cannot_be_written(tmp_path):
@@ -316,7 +373,7 @@ def test_a_run(two_clients, tmp_path, capsys):
     assert fedgs.main(["--dataset", "lits", "--data-root", str(two_clients), "--centres", "1", "5", "--image-size", "32",
                        "--width", "2", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
     output = capsys.readouterr().out
-    assert "fedgs, utnet, fold 1, seed 0 on LiTS" in output and "C1 16 + 2 + 2, C5 (held out) 4" in output
+    assert "fedgs, utnet, published split, seed 0 on LiTS" in output and "C1 16 + 2 + 2, C5 (held out) 4" in output
     with (tmp_path / "run" / "scores.csv").open(newline="") as file:
         assert {row["name"] for row in csv.DictReader(file) if row["split"] == "out_test"} == {
             f"volume-{v}_slice-{k}" for v in (120, 121) for k in (0, 2)}
