@@ -46,6 +46,7 @@ POLYPGEN_TAU = 150  # the threshold that the published size flags were made with
 RULE_SIZE = 512  # smallness and inverse area are measured on the mask at 512 x 512, whatever the network sees
 LITS_CENTRES = {1: range(30), 2: range(30, 60), 3: range(60, 90), 4: range(90, 120), 5: range(120, 131)}  # volumes
 CENTRES = {"polypgen": POLYPGEN_CENTRES, "lits": tuple(LITS_CENTRES)}
+FILES = {"polypgen": "data_C1 to data_C6", "lits": "volume-0.nii, segmentation-0.nii and so on"}  # by which it is known
 
 
 class DataError(ValueError):
@@ -118,9 +119,10 @@ def lits(root, centres=tuple(LITS_CENTRES), out_centre=5, size=512, tau=1000, sp
     if root is None:
         root = stand_in_volumes(Path(cache or "datasets/lits-stand-in"))
         cache = root / "fedgs-cache"
-    source = "LiTS stand-in" if next(Path(root).rglob(STAND_IN_MARK), None) else "LiTS"
+    drawn = any((path.parent / STAND_IN_MARK).exists() for _, _, path in nifti_files(root))
+    source = "LiTS stand-in" if drawn else "LiTS"
     loaded, units = read_lits(Path(root), centres, size, tau, Path(cache or Path(root) / "fedgs-cache"))
-    return federate(source, ["slices with more than 50 tumour pixels"], loaded, out_centre, units, split, fold)
+    return federate(source, [f"slices with more than {TUMOUR_PIXELS} tumour pixels"], loaded, out_centre, units, split, fold)
 
 
 def federate(source, notes, loaded, out_centre, units, split, fold):
@@ -165,12 +167,12 @@ def find(dataset, root=""):
     """
     folder = Path(root or f"datasets/{dataset}")
     if dataset == "polypgen":
-        held, wanted = any((folder / f"data_C{k}").is_dir() for k in POLYPGEN_CENTRES), "data_C1 to data_C6"
+        held = any((folder / f"data_C{k}").is_dir() for k in POLYPGEN_CENTRES)
     else:
-        held, wanted = any(kind == "volume" for kind, _, _ in nifti_files(folder)), "volume-0.nii and so on"
+        held = any(kind == "volume" for kind, _, _ in nifti_files(folder))
     found = root != "stand-in" and held
     if root and root != "stand-in" and not found:
-        raise DataError(f"--data-root {root}: " + (f"no {wanted} in it" if folder.is_dir() else "no such folder"))
+        raise DataError(f"--data-root {root}: " + (f"no {FILES[dataset]} in it" if folder.is_dir() else "no such folder"))
     return folder if found else None
 
 
@@ -281,6 +283,7 @@ def collect(centre, names, images, masks, inverse_areas, small):
 WINDOW = (-200, 200)  # Hounsfield units that become 0 and 255
 TUMOUR_PIXELS = 50  # slices with more of them are kept
 BLOCK = 16  # slices that are decoded at a time
+DAMAGE = (OSError, EOFError, ValueError, zlib.error)  # what reading a damaged file raises
 STAND_IN_MARK = "STAND-IN.txt"  # lies in the folder of drawn volumes, so that nobody takes them for LiTS
 
 
@@ -343,20 +346,30 @@ def cached_slices(number, volume, segmentation, cache):
                 shape = tuple(stored["shape"])
                 masks = np.unpackbits(stored["masks"], count=math.prod(shape)).reshape(shape).astype(bool)
                 return stored["slices"], stored["images"].reshape(shape), masks
-    except (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, zlib.error, zipfile.BadZipFile):
+    except (*DAMAGE, KeyError, TypeError, RuntimeError, zipfile.BadZipFile):
         pass  # not there, or not whole; zipfile raises RuntimeErrors, too
     slices, images, masks = read_slices(volume, segmentation)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(temporary, key=key, shape=images.shape, slices=slices, images=images, masks=np.packbits(masks))
-        os.replace(temporary, path)
+        with replacing(path) as new:
+            np.savez_compressed(new, key=key, shape=images.shape, slices=slices, images=images, masks=np.packbits(masks))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         why = error.strerror or error
         raise DataError(f"cannot write the cache {cache} ({why}): choose another folder with --cache") from error
     return slices, images, masks
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A new file beside path: it takes path's place when the block ends well, and is gone when it does not."""
+    new = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield new
+        os.replace(new, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise
 
 
 def read_slices(volume_path, segmentation_path):
@@ -394,8 +407,8 @@ def open_nifti(path):
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # it would print what is raised here
     try:
         image = nibabel.load(path, keep_file_open=True)  # otherwise every block would decompress from the beginning
-    except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError,
-            nibabel.spatialimages.HeaderDataError, nibabel.wrapstruct.WrapStructError) as error:
+    except (*DAMAGE, nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError,
+            nibabel.wrapstruct.WrapStructError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     if len(image.shape) != 3 or min(image.shape) < 1:
         raise DataError(f"{path} has {len(image.shape)} dimensions, {image.shape}; a volume has three, and a slice at least")
@@ -413,7 +426,7 @@ def check_whole(path, image):
                     pass
         elif path.stat().st_size < image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize:
             raise EOFError(f"{path.stat().st_size} bytes are too few")
-    except (OSError, EOFError, zlib.error) as error:
+    except DAMAGE as error:
         raise DataError(f"cannot read {path}, it is damaged or cut short: {error}") from error
 
 
@@ -421,7 +434,7 @@ def read_block(image, path, start):
     """Some slices of an open NIfTI file, (H, W, up to 16). Raises DataError naming the file."""
     try:
         return np.asarray(image.dataobj[..., start : start + BLOCK])
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except DAMAGE as error:
         raise DataError(f"cannot read {path}, it is damaged or cut short: {error}") from error
 
 
@@ -452,9 +465,8 @@ def stand_in_volumes(folder):
             for centre, numbers in LITS_CENTRES.items():
                 for number, (hu, labels) in zip(numbers, standin.lits_volumes(centre)):
                     for kind, values in (("volume", hu), ("segmentation", labels)):
-                        temporary = folder / f".{kind}-{number}.{os.getpid()}.nii.gz"
-                        nibabel.Nifti1Image(values, affine).to_filename(temporary)
-                        os.replace(temporary, folder / f"{kind}-{number}.nii.gz")
+                        with replacing(folder / f"{kind}-{number}.nii.gz") as new:
+                            nibabel.Nifti1Image(values, affine).to_filename(new)
                     progress.update()
         mark.write_text(text)
     except OSError as error:

@@ -720,9 +720,8 @@ def configure(given):
 
 def header(config, why, root, federation, flat, device, which_kernels, folder):
     """What was chosen, why, and how to change it."""
-    files = {"polypgen": "data_C1 to data_C6", "lits": "LiTS's volumes and segmentations"}[config.dataset]
-    where = f"in {root}" if root else (f"drawn images (for real ones put {files} into datasets/{config.dataset} or name their "
-                                       "folder with --data-root)")
+    where = f"in {root}" if root else (f"drawn images (for real ones put {data.FILES[config.dataset]} into "
+                                       f"datasets/{config.dataset} or name their folder with --data-root)")
     lines = {
         "method": f"{config.method} with {config.model}, {flat.parameters.numel():,} parameters (width {config.width})",
         "data": "; ".join([f"{federation.source}, {where}", *federation.notes]),

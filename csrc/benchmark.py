@@ -391,7 +391,7 @@ def main():
         sizes = [(4, 128), (4, 512), (16, 1024)]
         steps += [functools.partial(time_masks, device, *size, dtype) for size in sizes for dtype in (torch.uint8, torch.int64)]
     if "steps" in options.only:
-        sides = {"cpu": ((128, 5), (256, 1)), "cuda": ((128, 10), (256, 10), (512, 10))}[device.type]
+        sides = {"cpu": ((128, 5), (256, 2)), "cuda": ((128, 10), (256, 10), (512, 10))}[device.type]
         compiled, _ = fedgs.choose_kernels("auto", device)
         steps += [functools.partial(time_training, device, side, kernels, repetitions)
                   for side, repetitions in sides for kernels in (compiled, fedgs.PYTORCH)]
