@@ -24,18 +24,12 @@ Delta_k = theta - theta_k and weights clients by their numbers of images. This f
 """
 
 import argparse
-import csv
-import io
-import json
 import math
-import os
-import pickle
 import platform
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -44,13 +38,12 @@ from tqdm import tqdm
 
 import data
 import metrics
+import plots
+import runs
 from models import CODE, SDUTNet, UTNet
+from runs import RunError
 
 __version__ = "0.1.0"
-
-
-class RunError(ValueError):
-    """A run that cannot go on: the message says what was wrong, where, and what to do."""
 
 
 # ---------------------------------------------------------------------------------------- configuration
@@ -107,8 +100,6 @@ PRESETS = {
     "paper": {},
     "quick": dict(rounds=7, local_epochs=1, image_size=80, width=8, lr=1e-3),  # two to three minutes on two CPU cores
 }
-# Options that may change when a run goes on: what a round computes stays the same, up to rounding.
-FREE_ON_RESUME = {"preset", "rounds", "device", "kernels", "data_root", "cache", "out", "resume"}
 
 
 def check(config):
@@ -397,7 +388,7 @@ def run(config, why="as given"):
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = True  # a CPU is repeatable as it is; this is cuDNN's part of it on a GPU
     kernels, which_kernels = choose_kernels(config.kernels, device)
-    root, folder = data.find(config.dataset, config.data_root), run_folder(config)
+    root, folder = data.find(config.dataset, config.data_root), runs.run_folder(config)
     federation = load_data(config, root)
     for centre, images in federation.train.items():
         if len(images) < config.batch_size:
@@ -405,13 +396,13 @@ def run(config, why="as given"):
     if not any(len(images) for images in federation.validation.values()):
         raise RunError(f"--split {config.split} leaves no validation images: the centres have too few images")
     record = describe_run(config, federation, device, kernels)
-    check_folder(folder, record, config.resume)
+    runs.check_folder(folder, record, config.resume)
     network = build_network(config).to(device)
     flat = FlatNetwork(network)
     server = Server(flat, kernels)
-    history, best = load_progress(folder, server, config) if config.resume else ([], {})
+    history, best = runs.load_progress(folder, server, config) if config.resume else ([], {})
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "config.json", to_json(record))
+    runs.write(folder / "config.json", runs.to_json(record))
     print(header(config, why, root, federation, flat, device, which_kernels, folder), flush=True)
 
     clients = [images.to(device) for images in federation.train.values()]
@@ -427,9 +418,21 @@ def run(config, why="as given"):
             tallies = [evaluate(network, images).tally for images in federation.validation.values()]
             validation = metrics.means(sum(tallies))
             history.append(summarise(round_, updates, validation, time.perf_counter() - start, federation.source))
-            save_progress(folder, checkpoint(network, config, federation.source), server, history, best, validation)
+            runs.save_progress(folder, checkpoint(network, config, federation.source), server, history, best, validation)
             progress.write(describe(history[-1], config.rounds))
     return test(network, federation, config, folder, history, best)
+
+
+def checkpoint(network, config, source):
+    """The network's state dict with its tensors copied, for `load_state_dict(torch.load(path, weights_only=True))`.
+
+    Configuration, data source and version travel in the attribute `_metadata` that torch gives its state dicts.
+    """
+    state = network.state_dict()
+    for name, tensor in state.items():
+        state[name] = tensor.to("cpu", copy=True)
+    state._metadata["fedgs"] = {"version": __version__, "data": source, "config": asdict(config)}
+    return state
 
 
 def load_data(config, root):
@@ -498,7 +501,7 @@ def test(network, federation, config, folder, history, best):
     splits = {"in_test": federation.in_test.values(), "out_test": [federation.out_test]}
     rows, checkpoints = [], {}
     for name in ("best", "best_small"):
-        load_weights(network, folder / f"{name}.pt")
+        runs.load_weights(network, folder / f"{name}.pt")
         evaluations = {split: [evaluate(network, images) for images in parts] for split, parts in splits.items()}
         checkpoints[name] = {"round": best[name]["round"]}
         for split, parts in evaluations.items():
@@ -509,15 +512,15 @@ def test(network, federation, config, folder, history, best):
         if name == "best":
             heading = f"{title}\nbest (round {best[name]['round']}): test images, evenly spaced by size of lesion"
             everything = [part for parts in evaluations.values() for part in parts]
-            write(folder / "predictions.png", metrics.draw_predictions(everything, heading))
+            runs.write(folder / "predictions.png", plots.draw_predictions(everything, heading))
             if config.model == "sd-utnet":
                 first = next(part.images for part in everything if len(part.images))
-                write(folder / "anatomy.png", show_anatomy(network, first, 0, title))
+                runs.write(folder / "anatomy.png", show_anatomy(network, first, 0, title))
     results = {"data": federation.source, "notes": federation.notes, "config": asdict(config), "rounds": len(history),
                "seconds": sum(row["seconds"] for row in history), "checkpoints": checkpoints}
-    write(folder / "curves.png", metrics.draw_curves(history, title))
-    write_csv(folder / "scores.csv", rows)
-    write(folder / "results.json", to_json(results))
+    runs.write(folder / "curves.png", plots.draw_curves(history, title))
+    runs.write_csv(folder / "scores.csv", rows)
+    runs.write(folder / "results.json", runs.to_json(results))
     pictures = "curves.png, predictions.png" + (", anatomy.png" if config.model == "sd-utnet" else "")
     print(f"\n{title}\n{metrics.table(checkpoints)}\n\nin {folder}: results.json, rounds.csv, scores.csv, {pictures}, "
           "best.pt, best_small.pt, last.pt")
@@ -531,7 +534,7 @@ def show_anatomy(network, images, i, title):
     x = data.normalise(images.images[i : i + 1].to(next(network.parameters()).device).float() / 255)
     anatomy, (mu, _) = network.a_encoder(x), network.m_encoder(x)
     heading = f"{title}\nC{images.centre}, {images.names[i]}"
-    return metrics.draw_anatomy(x[0], anatomy[0], network.reconstruct(anatomy, mu)[0], heading)
+    return plots.draw_anatomy(x[0], anatomy[0], network.reconstruct(anatomy, mu)[0], heading)
 
 
 def score_rows(name, split, part, source):
@@ -540,167 +543,6 @@ def score_rows(name, split, part, source):
     for image, inverse_area, small, dice in zip(*columns, strict=True):
         yield {"checkpoint": name, "split": split, "centre": part.images.centre, "name": image,
                "inverse_area": inverse_area, "small": int(small), "dice": dice, "data": source}
-
-
-# ------------------------------------------------------------------------------------- the run's folder
-
-
-def run_folder(config):
-    """Where a run keeps its files."""
-    part = "centre" if config.split == "centre" else f"f{config.fold}"
-    return Path(config.out or f"runs/{config.dataset}-{config.method}-{config.model}-{part}-s{config.seed}")
-
-
-def describe_run(config, federation, device, kernels):
-    """What config.json says: options, data (with a fingerprint of every image), device, kernels, versions."""
-    return {
-        "config": asdict(config),
-        "data": {"source": federation.source, "notes": federation.notes, "images": count_images(federation),
-                 "fingerprint": data.fingerprint(federation)},
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "kernels": kernels.name,
-        "versions": {"fedgs": __version__, "python": platform.python_version(), "torch": torch.__version__,
-                     "numpy": np.__version__},
-    }
-
-
-def check_folder(folder, record, resume):
-    """Raise RunError where the folder cannot be used without touching the results of another run."""
-    path = folder / "config.json"
-    if resume and path.exists():
-        if changed := compare_records(path, json.loads(to_json(record))):
-            raise RunError(f"{folder} holds another run ({', '.join(changed)}): give its options, or choose another --out")
-        if not (folder / "resume.pt").exists() and (folder / "results.json").exists():
-            raise RunError(f"{folder / 'resume.pt'} is missing, so its run cannot go on: choose another --out")
-    elif folder.exists() and any(item != path and not is_temporary(item) for item in folder.iterdir()):
-        hint = "continue its run with --resume, or " if path.exists() and not resume else ""
-        raise RunError(f"{folder} is not empty: {hint}choose another --out")
-
-
-def compare_records(path, record):
-    """What keeps the run in path from going on as this one: ["lr 0.001, now 0.01", …]. RunError for a damaged file."""
-    try:
-        earlier = json.loads(path.read_text())
-        pairs = {name: (earlier[part][name], value) for part in ("config", "data") for name, value in record[part].items()}
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged ({error!r}): choose another --out") from error
-    return [f"{name} {old}, now {new}" for name, (old, new) in pairs.items() if old != new and name not in FREE_ON_RESUME]
-
-
-def count_images(federation):
-    """{client: "train + validation + test"} and the held-out centre's number, for the header and config.json."""
-    parts = federation.train, federation.validation, federation.in_test
-    counts = {f"C{k}": " + ".join(str(len(part[k])) for part in parts) for k in federation.train}
-    return {**counts, f"C{federation.out_test.centre} (held out)": str(len(federation.out_test))}
-
-
-def save_progress(folder, weights, server, history, best, validation):
-    """Write what a round leaves. resume.pt comes last: until it is there, --resume repeats the round.
-
-    `best` has the highest validation Dice so far, `best_small` the highest Dice_S (Dice where no such image is small).
-    """
-    for name, measure in (("best", "dice"), ("best_small", "dice_s" if validation["dice_s"]["n"] else "dice")):
-        if validation[measure]["mean"] > best.get(name, {"score": -1.0})["score"]:
-            best[name] = {"round": len(history), "score": validation[measure]["mean"]}
-            write(folder / f"{name}.pt", weights)
-    write(folder / "last.pt", weights)
-    write_csv(folder / "rounds.csv", history)
-    write(folder / "resume.pt", {"state": server.state, "velocity": server.velocity, "history": history, "best": best})
-
-
-def load_progress(folder, server, config):
-    """Take up a run where resume.pt left it; from the start where it is not there yet. -> history, best"""
-    path = folder / "resume.pt"
-    if not path.exists():
-        return [], {}
-    saved, device = read_checkpoint(path), server.velocity.device
-    try:
-        state, velocity = tuple(x.to(device) for x in saved["state"]), saved["velocity"].to(device)
-        history, best = saved["history"], {name: dict(saved["best"][name]) for name in ("best", "best_small")}
-        fits = [x.shape for x in (*state, velocity)] == [x.shape for x in (*server.state, server.velocity)]
-        complete = [row["round"] for row in history] == list(range(1, len(history) + 1))
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise RunError(f"{path} is not the state of a run ({error!r})") from error
-    if not (fits and complete):
-        raise RunError(f"{path} is of another network than {config.model} of width {config.width}, or of no whole run")
-    if len(history) > config.rounds:
-        raise RunError(f"--rounds {config.rounds}: the run in {folder} has {len(history)} rounds already")
-    server.state, server.velocity = state, velocity
-    return history, best
-
-
-def checkpoint(network, config, source):
-    """The network's state dict with its tensors copied, for `load_state_dict(torch.load(path, weights_only=True))`.
-
-    Configuration, data source and version travel in the attribute `_metadata` that torch gives its state dicts.
-    """
-    state = network.state_dict()
-    for name, tensor in state.items():
-        state[name] = tensor.to("cpu", copy=True)
-    state._metadata["fedgs"] = {"version": __version__, "data": source, "config": asdict(config)}
-    return state
-
-
-def read_checkpoint(path):
-    """torch.load of tensors and plain values only. Raises RunError for a missing file and for every kind of damage."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise RunError(f"{path} is missing") from None
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
-            pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0] or "it is empty"
-        raise RunError(f"{path} is damaged, or no checkpoint: {reason}") from error
-
-
-def load_weights(network, path):
-    """Load a checkpoint into a network. Raises RunError for a damaged file or the weights of another network."""
-    try:
-        network.load_state_dict(read_checkpoint(path))
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} does not fit this network: {str(error).splitlines()[-1].strip()}") from error
-
-
-def write(path, content):
-    """Write a file whole or not at all: text, a figure as PNG, or what torch.save takes. Raises OSError."""
-    file = io.BytesIO()
-    if isinstance(content, str):
-        file.write(content.encode())
-    elif hasattr(content, "savefig"):
-        content.savefig(file, format="png", dpi=130)
-    else:
-        torch.save(content, file)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as target:
-        target.write(file.getbuffer())
-        target.flush()
-        os.fsync(target.fileno())
-    os.replace(temporary, path)
-
-
-def is_temporary(path):
-    """Whether this is what `write` leaves when it is killed."""
-    return path.name.startswith(".") and path.name.endswith(".tmp")
-
-
-def write_csv(path, rows):
-    """Write dictionaries with equal keys as a CSV file with a header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write(path, text.getvalue())
-
-
-def to_json(value):
-    """JSON text; NaN, which JSON has no word for, becomes null."""
-
-    def plain(x):
-        if isinstance(x, dict):
-            return {key: plain(item) for key, item in x.items()}
-        return None if isinstance(x, float) and math.isnan(x) else x
-
-    return json.dumps(plain(value), indent=2) + "\n"
 
 
 # ------------------------------------------------------------------------------------------ command line
@@ -716,6 +558,26 @@ def configure(given):
         preset = "paper" if real and gpu else "quick"
         why = f"{'real' if real else 'no real'} data and {'a' if gpu else 'no'} GPU"
     return Config(**{**DATASETS[dataset], **PRESETS[preset], **given, "preset": preset}), why
+
+
+def describe_run(config, federation, device, kernels):
+    """What config.json says: options, data (with a fingerprint of every image), device, kernels, versions."""
+    return {
+        "config": asdict(config),
+        "data": {"source": federation.source, "notes": federation.notes, "images": count_images(federation),
+                 "fingerprint": data.fingerprint(federation)},
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "kernels": kernels.name,
+        "versions": {"fedgs": __version__, "python": platform.python_version(), "torch": torch.__version__,
+                     "numpy": np.__version__},
+    }
+
+
+def count_images(federation):
+    """{client: "train + validation + test"} and the held-out centre's number, for the header and config.json."""
+    parts = federation.train, federation.validation, federation.in_test
+    counts = {f"C{k}": " + ".join(str(len(part[k])) for part in parts) for k in federation.train}
+    return {**counts, f"C{federation.out_test.centre} (held out)": str(len(federation.out_test))}
 
 
 def header(config, why, root, federation, flat, device, which_kernels, folder):

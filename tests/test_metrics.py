@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import metrics
+import plots
 from models import Decomposition
 
 
@@ -125,7 +126,7 @@ def test_picture_of_anatomy(generator, channels, tmp_path):
     image = 4 * torch.rand(channels, 16, 16, generator=generator) - 2
     reconstruction = torch.tanh(image).requires_grad_()  # as it comes from a network
     anatomy = torch.rand(8, 16, 16, generator=generator) * 2 - 1
-    figure = metrics.draw_anatomy(image, anatomy, reconstruction, "a title")
+    figure = plots.draw_anatomy(image, anatomy, reconstruction, "a title")
 
     panels = {axes.get_title(): axes.images[0] for axes in figure.axes if axes.get_title()}
     assert list(panels) == ["image", *(f"anatomy {i}" for i in (1, 2, 3, 4)),

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import fedgs
+import runs
 from conftest import ROOT
 from metrics import DISENTANGLED_WEIGHTS
 from models import SDUTNet, UTNet
@@ -167,7 +168,7 @@ def same_end(folder, finished):
 @pytest.mark.parametrize("writes", [0, 1, 3, 4, 5, 7, 9])
 def test_stopped_before_any_write_and_resumed(finished, tmp_path, monkeypatch, writes):
     """Stopped short of its next file, at moments through the run, a resumed run ends as one that was not."""
-    whole, count = fedgs.write, 0
+    whole, count = runs.write, 0
 
     def failing(path, content):
         nonlocal count
@@ -176,9 +177,9 @@ def test_stopped_before_any_write_and_resumed(finished, tmp_path, monkeypatch, w
         count += 1
         whole(path, content)
 
-    monkeypatch.setattr(fedgs, "write", failing)
+    monkeypatch.setattr(runs, "write", failing)
     assert run(tmp_path) == 130
-    monkeypatch.setattr(fedgs, "write", whole)
+    monkeypatch.setattr(runs, "write", whole)
     assert run(tmp_path, "--resume") == 0
     same_end(tmp_path, finished)
 

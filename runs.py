@@ -1,0 +1,144 @@
+"""A run's folder: checkpoints, exact resume, and files that are written whole or not at all."""
+
+import csv
+import io
+import json
+import math
+import os
+import pickle
+from pathlib import Path
+
+import torch
+
+# Options that may change when a run goes on: what a round computes stays the same, up to rounding.
+FREE_ON_RESUME = {"preset", "rounds", "device", "kernels", "data_root", "cache", "out", "resume"}
+
+
+class RunError(ValueError):
+    """A run that cannot go on: the message says what was wrong, where, and what to do."""
+
+
+def run_folder(config):
+    """Where a run keeps its files."""
+    part = "centre" if config.split == "centre" else f"f{config.fold}"
+    return Path(config.out or f"runs/{config.dataset}-{config.method}-{config.model}-{part}-s{config.seed}")
+
+
+def check_folder(folder, record, resume):
+    """Raise RunError where the folder cannot be used without touching the results of another run."""
+    path = folder / "config.json"
+    if resume and path.exists():
+        if changed := compare_records(path, json.loads(to_json(record))):
+            raise RunError(f"{folder} holds another run ({', '.join(changed)}): give its options, or choose another --out")
+        if not (folder / "resume.pt").exists() and (folder / "results.json").exists():
+            raise RunError(f"{folder / 'resume.pt'} is missing, so its run cannot go on: choose another --out")
+    elif folder.exists() and any(item != path and not is_temporary(item) for item in folder.iterdir()):
+        hint = "continue its run with --resume, or " if path.exists() and not resume else ""
+        raise RunError(f"{folder} is not empty: {hint}choose another --out")
+
+
+def compare_records(path, record):
+    """What keeps the run in path from going on as this one: ["lr 0.001, now 0.01", …]. RunError for a damaged file."""
+    try:
+        earlier = json.loads(path.read_text())
+        pairs = {name: (earlier[part][name], value) for part in ("config", "data") for name, value in record[part].items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({error!r}): choose another --out") from error
+    return [f"{name} {old}, now {new}" for name, (old, new) in pairs.items() if old != new and name not in FREE_ON_RESUME]
+
+
+def save_progress(folder, weights, server, history, best, validation):
+    """Write what a round leaves. resume.pt comes last: until it is there, --resume repeats the round.
+
+    `best` has the highest validation Dice so far, `best_small` the highest Dice_S (Dice where no such image is small).
+    """
+    for name, measure in (("best", "dice"), ("best_small", "dice_s" if validation["dice_s"]["n"] else "dice")):
+        if validation[measure]["mean"] > best.get(name, {"score": -1.0})["score"]:
+            best[name] = {"round": len(history), "score": validation[measure]["mean"]}
+            write(folder / f"{name}.pt", weights)
+    write(folder / "last.pt", weights)
+    write_csv(folder / "rounds.csv", history)
+    write(folder / "resume.pt", {"state": server.state, "velocity": server.velocity, "history": history, "best": best})
+
+
+def load_progress(folder, server, config):
+    """Take up a run where resume.pt left it; from the start where it is not there yet. -> history, best"""
+    path = folder / "resume.pt"
+    if not path.exists():
+        return [], {}
+    saved, device = read_checkpoint(path), server.velocity.device
+    try:
+        state, velocity = tuple(x.to(device) for x in saved["state"]), saved["velocity"].to(device)
+        history, best = saved["history"], {name: dict(saved["best"][name]) for name in ("best", "best_small")}
+        fits = [x.shape for x in (*state, velocity)] == [x.shape for x in (*server.state, server.velocity)]
+        complete = [row["round"] for row in history] == list(range(1, len(history) + 1))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise RunError(f"{path} is not the state of a run ({error!r})") from error
+    if not (fits and complete):
+        raise RunError(f"{path} is of another network than {config.model} of width {config.width}, or of no whole run")
+    if len(history) > config.rounds:
+        raise RunError(f"--rounds {config.rounds}: the run in {folder} has {len(history)} rounds already")
+    server.state, server.velocity = state, velocity
+    return history, best
+
+
+def read_checkpoint(path):
+    """torch.load of tensors and plain values only. Raises RunError for a missing file and for every kind of damage."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing") from None
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+            pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0] or "it is empty"
+        raise RunError(f"{path} is damaged, or no checkpoint: {reason}") from error
+
+
+def load_weights(network, path):
+    """Load a checkpoint into a network. Raises RunError for a damaged file or the weights of another network."""
+    try:
+        network.load_state_dict(read_checkpoint(path))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} does not fit this network: {str(error).splitlines()[-1].strip()}") from error
+
+
+def write(path, content):
+    """Write a file whole or not at all: text, a figure as PNG, or what torch.save takes. Raises OSError."""
+    file = io.BytesIO()
+    if isinstance(content, str):
+        file.write(content.encode())
+    elif hasattr(content, "savefig"):
+        content.savefig(file, format="png", dpi=130)
+    else:
+        torch.save(content, file)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as target:
+        target.write(file.getbuffer())
+        target.flush()
+        os.fsync(target.fileno())
+    os.replace(temporary, path)
+
+
+def is_temporary(path):
+    """Whether this is what `write` leaves when it is killed."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+def write_csv(path, rows):
+    """Write dictionaries with equal keys as a CSV file with a header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, text.getvalue())
+
+
+def to_json(value):
+    """JSON text; NaN, which JSON has no word for, becomes null."""
+
+    def plain(x):
+        if isinstance(x, dict):
+            return {key: plain(item) for key, item in x.items()}
+        return None if isinstance(x, float) and math.isnan(x) else x
+
+    return json.dumps(plain(value), indent=2) + "\n"
