@@ -28,6 +28,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
+from typing import NamedTuple
 
 import nibabel
 import numpy as np
@@ -63,19 +64,22 @@ class Images:
     masks: torch.Tensor  # (N, 1, S, S) uint8, 1 = lesion
     inverse_area: torch.Tensor  # (N,) float64, image pixels / lesion pixels at 512 x 512, CT as it is; inf for an empty mask
     small: torch.Tensor  # (N,) bool
+    spacing: torch.Tensor  # (N, 2) float64, from row to row and column to column of images: mm for CT, else 1 (pixel)
 
     def __len__(self):
         return len(self.names)
 
     def subset(self, indices):
         """The images at these indices, in their order."""
-        tensors, chosen = (self.images, self.masks, self.inverse_area, self.small), torch.tensor(indices, dtype=torch.int64)
-        return Images(self.centre, [self.names[i] for i in indices], *(x[chosen] for x in tensors))
+        chosen = torch.tensor(indices, dtype=torch.int64)
+        return Images(self.centre, [self.names[i] for i in indices], *(x[chosen] for x in self.tensors()))
 
     def to(self, device):
         """The same images on a device; the per-image facts too, since batches index them there."""
-        tensors = (self.images, self.masks, self.inverse_area, self.small)
-        return Images(self.centre, self.names, *(x.to(device) for x in tensors))
+        return Images(self.centre, self.names, *(x.to(device) for x in self.tensors()))
+
+    def tensors(self):
+        return self.images, self.masks, self.inverse_area, self.small, self.spacing
 
 
 @dataclass
@@ -266,8 +270,8 @@ def read_table(path, columns):
     return rows
 
 
-def collect(centre, names, images, masks, inverse_areas, small):
-    """Lists of one centre's decoded images -> Images."""
+def collect(centre, names, images, masks, inverse_areas, small, spacing=None):
+    """Lists of one centre's decoded images -> Images. spacing: of the pixels in mm, where it is known"""
     return Images(
         centre,
         names,
@@ -275,6 +279,7 @@ def collect(centre, names, images, masks, inverse_areas, small):
         torch.from_numpy(np.stack(masks)[:, None].astype(np.uint8)),
         torch.tensor(inverse_areas, dtype=torch.float64),
         torch.tensor(small),
+        torch.tensor(spacing or [(1.0, 1.0)] * len(names), dtype=torch.float64),
     )
 
 
@@ -299,15 +304,16 @@ def read_lits(root, centres, size, tau, cache):
             for number in numbers[centre]:
                 if number in files:
                     start = len(rows)
-                    rows += slices_at_size(number, *cached_slices(number, *files[number], cache), size)
+                    rows += slices_at_size(number, cached_slices(number, *files[number], cache), size)
                     progress.update()
                     if len(rows) > start:
                         units[centre].append(list(range(start, len(rows))))
             if not rows:
                 raise DataError(f"{root}: no slice with a tumour for centre {centre}, volumes {min(numbers[centre])} to "
                                 f"{max(numbers[centre])} (leave it out with --centres)")
-            names, images, masks, inverse_areas = zip(*rows)
-            loaded.append(collect(centre, list(names), images, masks, inverse_areas, [a >= tau for a in inverse_areas]))
+            names, images, masks, inverse_areas, spacing = zip(*rows)
+            small = [a >= tau for a in inverse_areas]
+            loaded.append(collect(centre, list(names), images, masks, inverse_areas, small, spacing))
     return loaded, units
 
 
@@ -335,6 +341,15 @@ def nifti_files(root):
     return [(match[1], int(match[2]), path) for path, match in matches if match and path.is_file()]
 
 
+class Slices(NamedTuple):
+    """The slices of a CT volume that are kept, as they are in the file."""
+
+    numbers: np.ndarray  # (n,)
+    images: np.ndarray  # (n, H, W) uint8, see window
+    masks: np.ndarray  # (n, H, W) bool
+    spacing: np.ndarray  # (2,) mm, from row to row and from column to column
+
+
 def cached_slices(number, volume, segmentation, cache):
     """read_slices, through a file in the cache that is made anew where it is missing, stale or damaged."""
     path = cache / f"volume-{number}.npz"
@@ -345,18 +360,18 @@ def cached_slices(number, volume, segmentation, cache):
             if str(stored["key"]) == key:
                 shape = tuple(stored["shape"])
                 masks = np.unpackbits(stored["masks"], count=math.prod(shape)).reshape(shape).astype(bool)
-                return stored["slices"], stored["images"].reshape(shape), masks
+                return Slices(stored["numbers"], stored["images"].reshape(shape), masks, stored["spacing"])
     except (*DAMAGE, KeyError, TypeError, RuntimeError, zipfile.BadZipFile):
         pass  # not there, or not whole; zipfile raises RuntimeErrors, too
-    slices, images, masks = read_slices(volume, segmentation)
+    slices = read_slices(volume, segmentation)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with replacing(path) as new:
-            np.savez_compressed(new, key=key, shape=images.shape, slices=slices, images=images, masks=np.packbits(masks))
+            np.savez_compressed(new, key=key, shape=slices.images.shape, **slices._replace(masks=np.packbits(slices.masks))._asdict())
     except OSError as error:
         why = error.strerror or error
         raise DataError(f"cannot write the cache {cache} ({why}): choose another folder with --cache") from error
-    return slices, images, masks
+    return slices
 
 
 @contextlib.contextmanager
@@ -366,7 +381,7 @@ def replacing(path):
     try:
         yield new
         os.replace(new, path)
-    except OSError:
+    except BaseException:  # an interruption, too
         with contextlib.suppress(OSError):
             new.unlink()
         raise
@@ -375,8 +390,7 @@ def replacing(path):
 def read_slices(volume_path, segmentation_path):
     """The slices (along the third axis) of a CT volume with more than 50 pixels of tumour, as they are in the file.
 
-    -> their numbers (n,), images (n, H, W) uint8, HU of -200 to 200 as 0 to 255, masks (n, H, W) bool. At no time are more
-    than 16 slices in memory beside them. Raises DataError naming the file.
+    -> Slices. At no time are more than 16 slices in memory beside them. Raises DataError naming the file.
     """
     volume, segmentation = open_nifti(volume_path), open_nifti(segmentation_path)
     if volume.shape != segmentation.shape:
@@ -392,14 +406,20 @@ def read_slices(volume_path, segmentation_path):
         tumour = (labels == 2).transpose(2, 0, 1)
         kept = np.flatnonzero(tumour.sum((1, 2)) > TUMOUR_PIXELS)
         if len(kept):
-            hu = read_block(volume, volume_path, start)[..., kept].astype(np.float32).transpose(2, 0, 1)
-            if not np.isfinite(hu).all():
-                raise DataError(f"{volume_path} holds values that are no numbers")
-            low, high = WINDOW
-            images.append(np.round((np.clip(hu, low, high) - low) * np.float32(255 / (high - low))).astype(np.uint8))
+            images.append(window(read_block(volume, volume_path, start)[..., kept], volume_path))
             masks.append(tumour[kept])
             slices.extend(start + kept)
-    return np.array(slices, dtype=np.int64), np.concatenate(images), np.concatenate(masks)
+    spacing = np.array(volume.header.get_zooms()[:2], dtype=np.float64)
+    return Slices(np.array(slices, dtype=np.int64), np.concatenate(images), np.concatenate(masks), spacing)
+
+
+def window(hu, path):
+    """Hounsfield units (H, W, n) as grey values (n, H, W) uint8, -200 to 200 as 0 to 255. Raises DataError naming the file."""
+    hu = hu.astype(np.float32).transpose(2, 0, 1)
+    if not np.isfinite(hu).all():
+        raise DataError(f"{path} holds values that are no numbers")
+    low, high = WINDOW
+    return np.round((np.clip(hu, low, high) - low) * np.float32(255 / (high - low))).astype(np.uint8)
 
 
 def open_nifti(path):
@@ -438,12 +458,17 @@ def read_block(image, path, start):
         raise DataError(f"cannot read {path}, it is damaged or cut short: {error}") from error
 
 
-def slices_at_size(number, slices, images, masks, size):
-    """A volume's slices as the network sees them -> [(name, image (S, S, 1) uint8, mask (S, S) bool, inverse area)]"""
-    for k, image, mask in zip(slices, images, masks):
-        pixels = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
+def slices_at_size(number, slices, size):
+    """A volume's Slices as the network sees them -> [(name, image (S, S, 1) uint8, mask (S, S) bool, inverse area, spacing)]"""
+    spacing = tuple(slices.spacing * slices.images.shape[1:] / size)
+    for k, image, mask in zip(slices.numbers, slices.images, slices.masks):
         lesion = np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
-        yield f"volume-{number}_slice-{k}", pixels[..., None], lesion, inverse_area(mask)
+        yield f"volume-{number}_slice-{k}", to_size(image, size), lesion, inverse_area(mask), spacing
+
+
+def to_size(image, size):
+    """A grey slice (H, W) uint8 at the size of the network, (S, S, 1)."""
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))[..., None]
 
 
 def stand_in_volumes(folder):

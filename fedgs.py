@@ -2,6 +2,8 @@
 
     python fedgs.py --dataset polypgen --method fedgs        # a whole federation, from images to tables
     python fedgs.py --dataset lits --model sd-utnet          # the paper's other data set and network
+    python fedgs.py --method fedavg fedgs --seeds 0 1 2      # runs one after another, and their comparison
+    python fedgs.py --predict scan.nii.gz --checkpoint best.pt --out masks
     python fedgs.py --help                                   # every option
 
 Schutte, Corbetta, Beets-Tan and Silva, "FedGS: Federated Gradient Scaling for Heterogeneous Medical Image
@@ -24,19 +26,24 @@ Delta_k = theta - theta_k and weights clients by their numbers of images. This f
 """
 
 import argparse
+import functools
+import itertools
 import math
 import platform
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+import inference
 import metrics
 import plots
 import runs
@@ -90,12 +97,15 @@ class Config:
     out: str = option("", "folder of the run; default: runs/<dataset>-<method>-<model>-f<fold>-s<seed>, "
                      "or -centre- for that split")
     resume: bool = option(False, "continue the run in its folder")
+    nsd_tolerance: float = option(0.0, "also test how far boundaries are apart, by NSD at this tolerance and HD95: in mm for CT, "
+                                  "in pixels of the network's image else; 0: no")
 
 
 DATASETS = {
     "polypgen": {},
     "lits": dict(rounds=60, log_base=1000.0, tau=1000.0, centres=data.CENTRES["lits"], out_centre=5, split="centre"),
 }
+GRID = ("fold", "seed", "method")  # options of which there may be several, a run for each; the last changes fastest
 PRESETS = {
     "paper": {},
     "quick": dict(rounds=7, local_epochs=1, image_size=80, width=8, lr=1e-3),  # two to three minutes on two CPU cores
@@ -110,6 +120,7 @@ def check(config):
         require(0 < getattr(config, name) <= 1e6, name, config, "must be above 0, and at most 1e6")
     require(1 < config.log_base < math.inf, "log_base", config, "must be a number above 1")
     require(0 <= config.server_momentum < 1, "server_momentum", config, "must be in [0, 1)")
+    require(0 <= config.nsd_tolerance < math.inf, "nsd_tolerance", config, "must be 0 or more")
     require(0 <= config.seed < 2**63, "seed", config, "must be in [0, 2^63)")
     require(config.image_size >= 16 and config.image_size % 16 == 0, "image_size", config, "must be a multiple of 16")
     require(config.batch_size > 1 or config.image_size > 16, "batch_size", config, "too small for batch norm at image size 16")
@@ -385,7 +396,7 @@ def run(config, why="as given"):
     data or the folder cannot be used, before anything is written, and for a round that is refused.
     """
     check(config)
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(config)
     torch.backends.cudnn.deterministic = True  # a CPU is repeatable as it is; this is cuDNN's part of it on a GPU
     kernels, which_kernels = choose_kernels(config.kernels, device)
     root, folder = data.find(config.dataset, config.data_root), runs.run_folder(config)
@@ -418,21 +429,33 @@ def run(config, why="as given"):
             tallies = [evaluate(network, images).tally for images in federation.validation.values()]
             validation = metrics.means(sum(tallies))
             history.append(summarise(round_, updates, validation, time.perf_counter() - start, federation.source))
-            runs.save_progress(folder, checkpoint(network, config, federation.source), server, history, best, validation)
+            runs.save_progress(folder, checkpoint(network, config, federation.source, round_), server, history, best, validation)
             progress.write(describe(history[-1], config.rounds))
-    return test(network, federation, config, folder, history, best)
+    title = f"{describe_model(config)} on {federation.source}"
+    results, files = test(network, federation, config, {name: folder / f"{name}.pt" for name in ("best", "best_small")}, title)
+    results |= {"rounds": len(history), "seconds": sum(row["seconds"] for row in history)}
+    files |= {"curves.png": plots.draw_curves(history, title), "results.json": runs.to_json(results)}
+    for name, content in files.items():
+        runs.write(folder / name, content)
+    print(f"\nin {folder}: {', '.join(files)}, rounds.csv, best.pt, best_small.pt, last.pt")
+    return results
 
 
-def checkpoint(network, config, source):
+def checkpoint(network, config, source, round_):
     """The network's state dict with its tensors copied, for `load_state_dict(torch.load(path, weights_only=True))`.
 
-    Configuration, data source and version travel in the attribute `_metadata` that torch gives its state dicts.
+    Configuration, data source, round and version travel in the attribute `_metadata` that torch gives its state dicts.
     """
     state = network.state_dict()
     for name, tensor in state.items():
         state[name] = tensor.to("cpu", copy=True)
-    state._metadata["fedgs"] = {"version": __version__, "data": source, "config": asdict(config)}
+    state._metadata["fedgs"] = {"version": __version__, "data": source, "round": round_, "config": asdict(config)}
     return state
+
+
+def choose_device(config):
+    """--device -> torch.device"""
+    return torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_data(config, root):
@@ -473,58 +496,70 @@ class Evaluation:
     images: data.Images
     predicted: torch.Tensor  # (N, 1, S, S) bool
     dice: torch.Tensor  # (N,) float64
-    tally: torch.Tensor  # (5, 2) float64, see metrics.tally
+    lesions: list  # N metrics.Lesions
+    surfaces: torch.Tensor  # (N, 2) float64: NSD and HD95, NaN where they were not asked for
+    tally: torch.Tensor  # (14, 2) float64, see metrics.tally
 
 
 @torch.no_grad()
-def predict(network, images, batch_size=16):
-    """Predicted lesion masks (N, 1, S, S) bool, on the CPU, of images (N, 3, S, S), or (N, 1, S, S), uint8."""
+def predict(network, images, size=None):
+    """Predicted lesion masks (N, 1, S, S) bool, on the CPU, of a batch (N, 3, S, S), or (N, 1, S, S), uint8.
+
+    size: (height, width) to which the network's output is resized, bilinearly, before its larger class is taken.
+    """
     network.eval()
-    device = next(network.parameters()).device
-    batches = (data.normalise(batch.to(device).float() / 255) for batch in images.split(batch_size) if len(batch))
-    predicted = [(network(batch).argmax(dim=1, keepdim=True) == 1).cpu() for batch in batches]
-    return torch.cat([torch.zeros(0, 1, *images.shape[-2:], dtype=torch.bool), *predicted])
+    output = network(data.normalise(images.to(next(network.parameters()).device).float() / 255))
+    if size is not None and size != output.shape[-2:]:
+        output = F.interpolate(output, size, mode="bilinear")
+    return (output.argmax(dim=1, keepdim=True) == 1).cpu()
 
 
-def evaluate(network, images):
-    """Predict and score one centre's data.Images."""
-    truth, predicted = images.masks.bool(), predict(network, images.images)
+def evaluate(network, images, nsd_tolerance=0.0):
+    """Predict and score one centre's data.Images, sixteen at a time. -> Evaluation"""
+    batches = tqdm(images.images.split(16), desc=f"evaluating C{images.centre}", unit="batch", delay=2, leave=False, disable=None)
+    predicted = torch.cat([torch.zeros_like(images.masks[:0], dtype=torch.bool), *(predict(network, x) for x in batches if len(x))])
+    truth = images.masks.bool()
     dice = metrics.dice_per_image(predicted, truth)
-    tally = metrics.tally(dice, truth.flatten(1).any(1), images.small, predicted.flatten(1).any(1))
-    return Evaluation(images, predicted, dice, tally)
+    pairs = list(zip(predicted[:, 0].numpy(), truth[:, 0].numpy()))
+    lesions = [metrics.match_lesions(*pair) for pair in pairs]
+    surfaces = torch.full((len(images), 2), math.nan, dtype=torch.float64)
+    if nsd_tolerance:
+        for i, (pair, spacing) in enumerate(zip(pairs, images.spacing.tolist())):
+            surfaces[i] = torch.tensor(metrics.surface_measures(*pair, spacing, nsd_tolerance))
+    tally = metrics.tally(dice, truth.flatten(1).any(1), images.small, predicted.flatten(1).any(1), lesions, surfaces)
+    return Evaluation(images, predicted, dice, lesions, surfaces, tally)
 
 
-def test(network, federation, config, folder, history, best):
-    """Evaluate `best` and `best_small` on in-test and out-test, write tables and pictures. -> content of results.json"""
-    part = "published split" if config.split == "centre" else f"fold {config.fold}"
-    title = f"{config.method}, {config.model}, {part}, seed {config.seed} on {federation.source}"
+def test(network, federation, config, checkpoints, title):
+    """Test checkpoints, {name: path}, on in-test and out-test, and print the table.
+
+    -> content of results.json, {file name: content} for what a folder keeps: tables, and pictures of the first checkpoint
+    """
     splits = {"in_test": federation.in_test.values(), "out_test": [federation.out_test]}
-    rows, checkpoints = [], {}
-    for name in ("best", "best_small"):
-        runs.load_weights(network, folder / f"{name}.pt")
-        evaluations = {split: [evaluate(network, images) for images in parts] for split, parts in splits.items()}
-        checkpoints[name] = {"round": best[name]["round"]}
+    results, scores, lesions, pictures = {}, [], [], {}
+    for name, path in checkpoints.items():
+        state = runs.read_checkpoint(path)
+        runs.load_weights(network, state, path)
+        round_ = runs.metadata(state, path).get("round")
+        evaluations = {split: [evaluate(network, images, config.nsd_tolerance) for images in parts] for split, parts in splits.items()}
+        results[name] = {"round": round_}
         for split, parts in evaluations.items():
-            checkpoints[name][split] = metrics.means(sum(part.tally for part in parts))
-            by_centre = {f"C{part.images.centre}": metrics.means(part.tally) for part in parts}
-            checkpoints[name][f"{split}_by_centre"] = by_centre
-            rows += [row for part in parts for row in score_rows(name, split, part, federation.source)]
-        if name == "best":
-            heading = f"{title}\nbest (round {best[name]['round']}): test images, evenly spaced by size of lesion"
+            results[name][split] = metrics.means(sum(part.tally for part in parts))
+            results[name][f"{split}_by_centre"] = {f"C{part.images.centre}": metrics.means(part.tally) for part in parts}
+            for part in parts:
+                scores += score_rows(name, split, part, config, federation.source)
+                lesions += lesion_rows(name, split, part, federation.source)
+        if not pictures:
+            heading = f"{title}\n{name}{f' (round {round_})' if round_ else ''}: test images, evenly spaced by size of lesion"
             everything = [part for parts in evaluations.values() for part in parts]
-            runs.write(folder / "predictions.png", plots.draw_predictions(everything, heading))
+            pictures["predictions.png"] = plots.draw_predictions(everything, heading)
             if config.model == "sd-utnet":
-                first = next(part.images for part in everything if len(part.images))
-                runs.write(folder / "anatomy.png", show_anatomy(network, first, 0, title))
-    results = {"data": federation.source, "notes": federation.notes, "config": asdict(config), "rounds": len(history),
-               "seconds": sum(row["seconds"] for row in history), "checkpoints": checkpoints}
-    runs.write(folder / "curves.png", plots.draw_curves(history, title))
-    runs.write_csv(folder / "scores.csv", rows)
-    runs.write(folder / "results.json", runs.to_json(results))
-    pictures = "curves.png, predictions.png" + (", anatomy.png" if config.model == "sd-utnet" else "")
-    print(f"\n{title}\n{metrics.table(checkpoints)}\n\nin {folder}: results.json, rounds.csv, scores.csv, {pictures}, "
-          "best.pt, best_small.pt, last.pt")
-    return results
+                pictures["anatomy.png"] = show_anatomy(network, next(part.images for part in everything if len(part.images)), 0, title)
+    results = {"data": federation.source, "notes": federation.notes, "config": asdict(config), "checkpoints": results}
+    files = {**pictures, "scores.csv": runs.to_csv(scores), "lesions.csv": runs.to_csv(lesions)}
+    note = metrics.surface_note(results["config"])
+    print(f"\n{title}\n{metrics.table(results['checkpoints'])}" + (f"\n{note}" if note else ""))
+    return results, files
 
 
 @torch.no_grad()
@@ -537,12 +572,86 @@ def show_anatomy(network, images, i, title):
     return plots.draw_anatomy(x[0], anatomy[0], network.reconstruct(anatomy, mu)[0], heading)
 
 
-def score_rows(name, split, part, source):
-    """The rows of scores.csv for one checkpoint and one centre's evaluation."""
-    columns = (part.images.names, part.images.inverse_area.tolist(), part.images.small.tolist(), part.dice.tolist())
-    for image, inverse_area, small, dice in zip(*columns, strict=True):
+def score_rows(name, split, part, config, source):
+    """The rows of scores.csv for one checkpoint and one centre's evaluation: an image each."""
+    columns = (part.images.names, part.images.inverse_area.tolist(), part.images.small.tolist(), part.dice.tolist(),
+               part.lesions, part.surfaces.tolist())
+    for image, inverse_area, small, dice, lesions, (nsd, hd95) in zip(*columns, strict=True):
         yield {"checkpoint": name, "split": split, "centre": part.images.centre, "name": image,
-               "inverse_area": inverse_area, "small": int(small), "dice": dice, "data": source}
+               "inverse_area": inverse_area, "small": int(small), "dice": dice, "lesion_dice": metrics.lesion_dice(lesions),
+               "lesions": len(lesions.dice), "found": int((lesions.dice > 0).sum()), "false_components": lesions.false_components,
+               **({"nsd": nsd, "hd95": hd95} if config.nsd_tolerance else {}), "data": source}
+
+
+def lesion_rows(name, split, part, source):
+    """The rows of lesions.csv: a lesion each."""
+    for image, lesions in zip(part.images.names, part.lesions, strict=True):
+        for i, (inverse_area, dice) in enumerate(zip(lesions.inverse_area.tolist(), lesions.dice.tolist()), start=1):
+            yield {"checkpoint": name, "split": split, "centre": part.images.centre, "name": image, "lesion": i,
+                   "inverse_area": inverse_area, "found": int(dice > 0), "dice": dice, "data": source}
+
+
+def describe_model(config):
+    """What was trained, for titles."""
+    part = "published split" if config.split == "centre" else f"fold {config.fold}"
+    return f"{config.method}, {config.model}, {part}, seed {config.seed}"
+
+
+# ------------------------------------------------------------------------------------ using a checkpoint
+
+
+def open_checkpoint(path, given):
+    """A trained network, with options given by name. -> network, its Config, what it was trained on (None: not known)
+
+    The configuration of this project's checkpoints travels with them. A bare state dict, as published ones are, has
+    none: options say what it is, and are the paper's where they do not. Raises RunError for a file that is
+    no checkpoint, options that contradict it, and weights that do not fit.
+    """
+    state = runs.read_checkpoint(path)
+    about = runs.metadata(state, path)
+    if about:
+        local = {"preset", "device", "kernels", "cache", "out", "resume", "nsd_tolerance"}  # said anew at each place
+        trained = {name: about["config"][name] for name in about["config"].keys() & {f.name for f in fields(Config)} - local}
+        for name, value in given.items():
+            if name not in runs.FREE_ON_RESUME and shown(value) != shown(trained.get(name)):
+                raise RunError(f"--{name.replace('_', '-')} {shown(value)}: {path} was trained with {shown(trained.get(name)) or 'another'}")
+        config = Config(**{**trained, **given})
+        if any(type(getattr(config, f.name)) not in (type(f.default), list) for f in fields(Config)):
+            raise RunError(f"{path}: its configuration is damaged")
+    else:
+        config, _ = configure({"preset": "paper", "method": "unknown", **given})
+    check(config)
+    network = build_network(config)
+    runs.load_weights(network, state, path)
+    return network.to(choose_device(config)), config, about.get("data")
+
+
+def evaluate_checkpoint(path, given):
+    """--evaluate: test a checkpoint without training; files only where --out says. -> content of results.json"""
+    network, config, trained = open_checkpoint(path, given)
+    if config.out:
+        runs.check_folder(Path(config.out), None, resume=False)
+    federation = load_data(config, data.find(config.dataset, config.data_root))
+    if trained not in (None, federation.source):
+        federation.source += f" (trained on {trained})"
+    results, files = test(network, federation, config, {path.stem: path}, f"{path.name}: {describe_model(config)} on {federation.source}")
+    if config.out:
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        for name, content in {**files, "results.json": runs.to_json(results)}.items():
+            runs.write(Path(config.out) / name, content)
+    return results
+
+
+def predict_files(paths, checkpoint_path, given):
+    """--predict: write masks of images or CT volumes into --out. Raises RunError where some could not be read."""
+    network, config, trained = open_checkpoint(checkpoint_path, given)
+    inputs = inference.find_inputs(paths, config.dataset)
+    origin = f"trained on {trained}" if trained else "trained elsewhere"
+    print(f"{checkpoint_path}: {describe_model(config)}, {origin}, {config.image_size}x{config.image_size}", flush=True)
+    failures = inference.segment_files(functools.partial(predict, network), inputs, Path(config.out), config.dataset,
+                                       config.image_size, f"FedGS, {origin}")
+    if failures:
+        raise RunError("; ".join(failures) + f" ({len(inputs) - len(failures)} of {len(inputs)} files were segmented)")
 
 
 # ------------------------------------------------------------------------------------------ command line
@@ -611,7 +720,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(arguments=None):
-    """Command line -> {name: value} of the options given."""
+    """Command line -> {name: value} of the options given, what to do with a checkpoint instead of training."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in fields(Config):
@@ -623,14 +732,69 @@ def parse(arguments=None):
             others = {"lits": DATASETS["lits"], "quick": PRESETS["quick"]}
             values = [shown(f.default)] + [f"{name} {shown(v[f.name])}" for name, v in others.items() if f.name in v]
             how["help"] += f" ({', '.join(values)})" if values[0] else ""
-        parser.add_argument(f"--{f.name.replace('_', '-')}", **how)
-    return vars(parser.parse_args(arguments))
+        spellings = [f"--{f.name.replace('_', '-')}"]
+        if f.name in GRID:
+            spellings, how["nargs"] = spellings + [f"{spellings[0]}s"], "+"
+            how["help"] += "; several: one run after another, each in a folder of its own below --out"
+        parser.add_argument(*spellings, **how)
+    use = parser.add_argument_group("using a checkpoint instead of training").add_mutually_exclusive_group()
+    use.add_argument("--evaluate", action="store_true", help="test --checkpoint, as at the end of a run; files only with --out")
+    use.add_argument("--predict", nargs="+", metavar="PATH", help="write masks of these images or CT volumes, or of those in these "
+                     "folders, into --out")
+    parser.add_argument("--checkpoint", type=Path, help="a .pt file of a run, or a published one: a bare state dict, of which "
+                        "--model and --dataset say the rest")
+    given = vars(parser.parse_args(arguments))
+    use = {name: given.pop(name) for name in ("evaluate", "predict", "checkpoint") if name in given}
+    if use and len(use) < 2:
+        parser.error("--evaluate and --predict need --checkpoint FILE, and it needs one of them")
+    if "predict" in use and not given.get("out"):
+        parser.error("--predict needs --out FOLDER")
+    for name in given.keys() & set(GRID):
+        values = list(dict.fromkeys(given[name]))
+        given[name] = values if len(values) > 1 else values[0]
+    if use and several(given):
+        parser.error("a checkpoint is of one method, fold and seed")
+    return given, use
+
+
+def several(given):
+    """{option: its values} of those that were given several."""
+    return {name: given[name] for name in GRID if isinstance(given.get(name), list)}
+
+
+def run_grid(given):
+    """A run for each combination of methods, folds and seeds, except those that are complete, and their comparison."""
+    axes, plan = several(given), []
+    for values in itertools.product(*axes.values()):
+        config, why = configure({**given, **dict(zip(axes, values))})
+        config.out = str(Path(config.out or "runs") / runs.run_name(config))
+        check(config)
+        plan.append((config, why, runs.is_complete(Path(config.out), config)))
+    for config, _, complete in plan:
+        if not complete and not config.resume:
+            runs.check_folder(Path(config.out), None, resume=False)
+    for i, (config, why, complete) in enumerate(plan, start=1):
+        print(f"run {i} of {len(plan)}: {config.out}{' is complete' if complete else ''}\n", flush=True)
+        if not complete:
+            run(config, why)
+            print(flush=True)
+    folders = [config.out for config, _, _ in plan]
+    print(metrics.report(metrics.compare(folders)))
+    print(f"\nto draw it: python metrics.py {' '.join(folders)} --plot comparison.png")
 
 
 def main(arguments=None):
     """The command line. -> exit code: 0, 2 for an error (one line on stderr), 130 when interrupted"""
     try:
-        run(*configure(parse(arguments)))
+        given, use = parse(arguments)
+        if "evaluate" in use:
+            evaluate_checkpoint(use["checkpoint"], given)
+        elif "predict" in use:
+            predict_files(use["predict"], use["checkpoint"], given)
+        elif several(given):
+            run_grid(given)
+        else:
+            run(*configure(given))
     except (RunError, data.DataError, OSError) as error:
         print(f"fedgs.py: error: {error}", file=sys.stderr)
         return 2

@@ -1,18 +1,19 @@
-"""The pictures of a run: curves over rounds, outlined predictions, anatomy. Each function returns a matplotlib Figure."""
+"""The pictures of a run: curves over rounds, outlined predictions, anatomy, methods compared. Each function returns a matplotlib Figure."""
 
+import numpy as np
 import torch
 
 BLUE, ORANGE, GREEN, PURPLE, RED, SKY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY)  # Okabe and Ito's palette: distinct to colour-blind readers
 
 
-def new_figure(title, rows, columns, size):
+def new_figure(title, rows, columns, size, **ratios):
     """A figure and its axes as a (rows, columns) array, without pyplot's global state."""
     from matplotlib.figure import Figure  # imported here: it is slow, and training does not need it
 
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title, fontsize=10)
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots(rows, columns, squeeze=False, **ratios)
 
 
 def draw_curves(history, title):
@@ -98,3 +99,69 @@ def draw_anatomy(image, anatomy, reconstruction, title):
     for axes in grid.flat:
         axes.set_axis_off()
     return figure
+
+
+def draw_comparison(title, tau, points, bars):
+    """Methods side by side: Dice of every test image against its size, and means by size class, centre and lesion. -> Figure
+
+    points: {method: (inverse areas (n,), Dice (n,))}, the same images for all methods;
+    bars: three {measure: {group: {method: [(mean, count) of each run]}}}.
+    """
+    figure, grid = new_figure(title, 3, 2, (13, 9.5), width_ratios=(3, 2), height_ratios=(4, 1, 4))
+    draw_sizes(grid[0, 0], tau, points)
+    draw_counts(grid[1, 0], grid[0, 0], next(iter(points.values()))[0])
+    for place in grid[0:2, 1]:
+        place.remove()
+    places = figure.add_subplot(grid[0, 0].get_gridspec()[0:2, 1]), *grid[2]
+    for place, (measure, groups) in zip(places, bars.items(), strict=True):
+        draw_bars(place, measure, groups)
+    return figure
+
+
+def draw_sizes(axes, tau, points):
+    """Dice against inverse area: images as points, and the running mean of the nearest images with its interval."""
+    for (method, (inverse_area, dice)), colour in zip(points.items(), COLOURS * 9):
+        axes.scatter(inverse_area, dice, s=9, color=colour, alpha=0.35, linewidths=0)
+        if len(dice) > 1:
+            count = min(len(dice), max(10, len(dice) // 6))
+            centre, mean, error = running_mean(np.log(inverse_area), dice, count)
+            axes.plot(np.exp(centre), mean, color=colour, label=f"{method}: running mean of {count} images, 95 % interval")
+            axes.fill_between(np.exp(centre), mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
+    axes.axvline(tau, color="0.3", ls=":", label=f"τ = {tau:g}")
+    axes.set(title="every test image with a lesion, mean of its runs", ylabel="Dice", xscale="log", ylim=(-0.03, 1.03))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def running_mean(x, y, count):
+    """Means of x and y over each `count` neighbours in x, and the half width of the 95 % interval of the mean of y."""
+    order = np.argsort(x, kind="stable")
+    windows = [np.lib.stride_tricks.sliding_window_view(values[order], count) for values in (x, y)]
+    return windows[0].mean(1), windows[1].mean(1), 1.96 * windows[1].std(1, ddof=1) / np.sqrt(count)
+
+
+def draw_counts(axes, above, inverse_area):
+    """How many images there are in each range of sizes, below the axes that show them."""
+    edges = np.geomspace(0.999 * inverse_area.min(), 1.001 * inverse_area.max(), 13)
+    counts, _, patches = axes.hist(inverse_area, edges, color="0.75", edgecolor="white")
+    axes.bar_label(patches, [f"{count:.0f}" for count in counts], fontsize=7)
+    axes.set(xlabel="inverse area 1/a of an image's lesions: image pixels / lesion pixels", ylabel="images", xscale="log",
+             xlim=above.get_xlim(), ylim=(0, 1.25 * counts.max()))
+
+
+def draw_bars(axes, measure, groups):
+    """A bar for each method in each group: the mean of its runs, a point for each, and the number of images below."""
+    methods = list(dict.fromkeys(method for group in groups.values() for method in group))
+    width = 0.8 / len(methods)
+    for k, (method, colour) in enumerate(zip(methods, COLOURS * 9)):
+        for i, group in enumerate(groups.values()):
+            means = [mean for mean, count in group[method] if count]
+            x = i + (k - (len(methods) - 1) / 2) * width
+            axes.bar(x, np.mean(means) if means else 0, width, color=colour, alpha=0.6, label=method if i == 0 else None)
+            axes.plot([x] * len(means), means, ".", color="0.2", markersize=4)
+    counts = [sorted({count for runs in group.values() for _, count in runs}) for group in groups.values()]
+    labels = [f"{name}\nn = {span[0]}" + (f" to {span[-1]}" if len(span) > 1 else "") for name, span in zip(groups, counts)]
+    axes.set_xticks(range(len(groups)), labels, fontsize=8)
+    axes.set(title=f"{measure}: mean of runs, a point each; n: in a run", ylabel=measure, ylim=(0, 1.03))
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend(fontsize=8)

@@ -6,30 +6,43 @@ import json
 import math
 import os
 import pickle
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 # Options that may change when a run goes on: what a round computes stays the same, up to rounding.
-FREE_ON_RESUME = {"preset", "rounds", "device", "kernels", "data_root", "cache", "out", "resume"}
+FREE_ON_RESUME = {"preset", "rounds", "device", "kernels", "data_root", "cache", "out", "resume", "nsd_tolerance"}
 
 
 class RunError(ValueError):
-    """A run that cannot go on: the message says what was wrong, where, and what to do."""
+    """A run that cannot go on, or be used: the message says what was wrong, where, and what to do."""
 
 
 def run_folder(config):
     """Where a run keeps its files."""
+    return Path(config.out or Path("runs") / run_name(config))
+
+
+def run_name(config):
+    """The folder's name where none is given."""
     part = "centre" if config.split == "centre" else f"f{config.fold}"
-    return Path(config.out or f"runs/{config.dataset}-{config.method}-{config.model}-{part}-s{config.seed}")
+    return f"{config.dataset}-{config.method}-{config.model}-{part}-s{config.seed}"
+
+
+def is_complete(folder, config):
+    """Whether this very run, all its rounds, has its results in the folder. Raises RunError for another run's."""
+    path = folder / "results.json"
+    if not path.exists():
+        return False
+    return check_same(path, {"config": asdict(config)})["config"]["rounds"] == config.rounds
 
 
 def check_folder(folder, record, resume):
     """Raise RunError where the folder cannot be used without touching the results of another run."""
     path = folder / "config.json"
     if resume and path.exists():
-        if changed := compare_records(path, json.loads(to_json(record))):
-            raise RunError(f"{folder} holds another run ({', '.join(changed)}): give its options, or choose another --out")
+        check_same(path, record)
         if not (folder / "resume.pt").exists() and (folder / "results.json").exists():
             raise RunError(f"{folder / 'resume.pt'} is missing, so its run cannot go on: choose another --out")
     elif folder.exists() and any(item != path and not is_temporary(item) for item in folder.iterdir()):
@@ -37,14 +50,18 @@ def check_folder(folder, record, resume):
         raise RunError(f"{folder} is not empty: {hint}choose another --out")
 
 
-def compare_records(path, record):
-    """What keeps the run in path from going on as this one: ["lr 0.001, now 0.01", …]. RunError for a damaged file."""
+def check_same(path, record):
+    """Raise RunError where the JSON file tells of another run than record does, or is damaged. -> its content"""
     try:
-        earlier = json.loads(path.read_text())
-        pairs = {name: (earlier[part][name], value) for part in ("config", "data") for name, value in record[part].items()}
+        earlier, record = json.loads(path.read_text()), json.loads(to_json(record))
+        pairs = {name: (earlier[part][name], value) for part in ("config", "data") if part in record
+                 for name, value in record[part].items()}
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is damaged ({error!r}): choose another --out") from error
-    return [f"{name} {old}, now {new}" for name, (old, new) in pairs.items() if old != new and name not in FREE_ON_RESUME]
+    changed = [f"{name} {old}, now {new}" for name, (old, new) in pairs.items() if old != new and name not in FREE_ON_RESUME]
+    if changed:
+        raise RunError(f"{path.parent} holds another run ({', '.join(changed)}): give its options, or choose another --out")
+    return earlier
 
 
 def save_progress(folder, weights, server, history, best, validation):
@@ -57,7 +74,7 @@ def save_progress(folder, weights, server, history, best, validation):
             best[name] = {"round": len(history), "score": validation[measure]["mean"]}
             write(folder / f"{name}.pt", weights)
     write(folder / "last.pt", weights)
-    write_csv(folder / "rounds.csv", history)
+    write(folder / "rounds.csv", to_csv(history))
     write(folder / "resume.pt", {"state": server.state, "velocity": server.velocity, "history": history, "best": best})
 
 
@@ -94,21 +111,34 @@ def read_checkpoint(path):
         raise RunError(f"{path} is damaged, or no checkpoint: {reason}") from error
 
 
-def load_weights(network, path):
-    """Load a checkpoint into a network. Raises RunError for a damaged file or the weights of another network."""
+def metadata(state, path):
+    """What fedgs.checkpoint put beside the tensors of the state dict that was read from path; {} for a bare one.
+
+    Raises RunError for what is no state dict.
+    """
+    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
+        raise RunError(f"{path} is no network's state dict (best.pt, best_small.pt and last.pt of a run are)")
+    about = getattr(state, "_metadata", {}).get("fedgs", {})
+    if about and not (isinstance(about, dict) and isinstance(about.get("config"), dict) and isinstance(about.get("data"), str)):
+        raise RunError(f"{path}: its configuration is damaged")
+    return about
+
+
+def load_weights(network, state, path):
+    """Load the state dict that was read from path. Raises RunError for the weights of another network."""
     try:
-        network.load_state_dict(read_checkpoint(path))
+        network.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise RunError(f"{path} does not fit this network: {str(error).splitlines()[-1].strip()}") from error
 
 
 def write(path, content):
-    """Write a file whole or not at all: text, a figure as PNG, or what torch.save takes. Raises OSError."""
+    """Write a file whole or not at all: text, a figure (as its suffix says), or what torch.save takes. Raises OSError."""
     file = io.BytesIO()
     if isinstance(content, str):
         file.write(content.encode())
     elif hasattr(content, "savefig"):
-        content.savefig(file, format="png", dpi=130)
+        content.savefig(file, format=path.suffix[1:], dpi=130)
     else:
         torch.save(content, file)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -124,13 +154,13 @@ def is_temporary(path):
     return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
-def write_csv(path, rows):
-    """Write dictionaries with equal keys as a CSV file with a header."""
+def to_csv(rows):
+    """Dictionaries with equal keys as CSV text with a header."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write(path, text.getvalue())
+    return text.getvalue()
 
 
 def to_json(value):

@@ -125,7 +125,7 @@ setup(
     description="Federated Gradient Scaling for heterogeneous medical image segmentation",
     license="MIT",
     python_requires=">=3.10",
-    py_modules=["fedgs", "models", "data", "standin", "metrics", "plots", "runs"],
+    py_modules=["fedgs", "models", "data", "standin", "metrics", "inference", "plots", "runs"],
     packages=["csrc"],
     ext_modules=[Extension("csrc._kernels", sources=["csrc/bindings.cpp"], optional=True)],  # the sources are ninja's affair
     cmdclass={"build_ext": BuildKernels},
@@ -134,7 +134,7 @@ setup(
         "numpy>=1.26",
         "pillow>=10",  # reads and resizes the frames
         "nibabel>=5.2",  # reads and writes CT volumes
-        "scipy>=1.11",  # connected components of lesions, correlations of frames
+        "scipy>=1.15",  # connected components of lesions, distances, the statistics of comparisons
         "matplotlib>=3.8",  # the pictures
         "tqdm>=4.66",  # progress with an estimate of the time left
     ],

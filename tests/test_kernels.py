@@ -275,7 +275,7 @@ def test_a_round_is_the_same_on_either_path(device, method, generator):
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=generator)
     masks = torch.zeros(4, 1, 32, 32, dtype=torch.uint8)
     masks[:, :, 10:13, 10:14] = 1
-    client = data.Images(1, ["a", "b", "c", "d"], images, masks, torch.full((4,), 1024 / 12), torch.tensor([True, False] * 2))
+    client = data.Images(1, ["a", "b", "c", "d"], images, masks, torch.full((4,), 1024 / 12), torch.tensor([True, False] * 2), torch.ones(4, 2))
     kernels, _ = fedgs.choose_kernels("auto", torch.device(device))
     assert kernels.name == {"cpu": "cpp", "cuda": "cuda"}[device] and kernels.mask_difficulty is csrc.mask_difficulty
     states = []

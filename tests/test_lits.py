@@ -55,7 +55,7 @@ def test_slices_and_window(tmp_path):
     hu = np.linspace(-1000, 1000, 16 * 20 * 4).reshape(16, 20, 4).round()
     labels = labels_of(50, 51, 0, 320)
     write_volume(tmp_path, 3, labels, hu)
-    slices, images, masks = data.read_slices(tmp_path / "volume-3.nii.gz", tmp_path / "segmentation-3.nii.gz")
+    slices, images, masks, _ = data.read_slices(tmp_path / "volume-3.nii.gz", tmp_path / "segmentation-3.nii.gz")
     assert slices.tolist() == [1, 3] and images.dtype == np.uint8 and images.shape == (2, 16, 20)
     for k, image, mask in zip(slices, images, masks):
         assert np.array_equal(mask, labels[:, :, k] == 2)
@@ -66,7 +66,7 @@ def test_slices_and_window(tmp_path):
 def test_no_slice_is_lost_between_blocks(tmp_path, depth):
     areas = [(60 + k) * (k % 3 != 1) for k in range(depth)]
     write_volume(tmp_path, 0, labels_of(*areas), np.random.default_rng(0).integers(-300, 300, (16, 20, depth)), dtype=np.float32)
-    slices, _, masks = data.read_slices(tmp_path / "volume-0.nii.gz", tmp_path / "segmentation-0.nii.gz")
+    slices, _, masks, _ = data.read_slices(tmp_path / "volume-0.nii.gz", tmp_path / "segmentation-0.nii.gz")
     assert dict(zip(slices.tolist(), masks.sum((1, 2)).tolist())) == {k: a for k, a in enumerate(areas) if a}
 
 
@@ -76,8 +76,18 @@ def test_scaled_files(tmp_path):
     stored = nibabel.Nifti1Image(np.full((16, 20, 1), 150, np.int16), np.eye(4))
     stored.header.set_slope_inter(2.0, -250.0)  # HU 50
     nibabel.save(stored, tmp_path / "volume-0.nii.gz")
-    _, images, _ = data.read_slices(tmp_path / "volume-0.nii.gz", tmp_path / "segmentation-0.nii.gz")
+    _, images, _, _ = data.read_slices(tmp_path / "volume-0.nii.gz", tmp_path / "segmentation-0.nii.gz")
     assert np.unique(images).tolist() == [round((50 + 200) / 400 * 255)]
+
+
+def test_spacing_of_what_the_network_sees(tmp_path):
+    """0.8 mm from row to row and 0.5 from column to column, of 160 x 400 pixels that become 32 x 32; also from the cache."""
+    write_volume(tmp_path, 0, labels_of(64, height=160, width=400))
+    volume = nibabel.load(tmp_path / "volume-0.nii.gz")
+    nibabel.Nifti1Image(np.asarray(volume.dataobj), np.diag([-0.8, 0.5, 5, 1])).to_filename(tmp_path / "volume-0.nii.gz")
+    for _ in range(2):
+        [images], _ = data.read_lits(tmp_path, (1,), 32, 1000, tmp_path / "cache")
+        assert images.spacing.tolist() == [pytest.approx([0.8 * 160 / 32, 0.5 * 400 / 32])]
 
 
 def test_sizes_of_lesions(tmp_path):
@@ -406,7 +416,8 @@ def test_real_volumes_against_an_independent_count(tmp_path):
         listed = {f"volume-{r['volume']}_slice-{r['slice']}" for r in csv.DictReader(file) if int(r["mask_px"]) > 50}
     assert listed == set(found)
     for number in (0, 13, 44):
-        slices, _, masks = data.cached_slices(number, root / f"volume-{number}.nii.gz", root / f"segmentation-{number}.nii.gz", tmp_path / "cache")
+        files = root / f"volume-{number}.nii.gz", root / f"segmentation-{number}.nii.gz"
+        slices, _, masks, _ = data.cached_slices(number, *files, tmp_path / "cache")
         labels = np.asarray(nibabel.load(root / f"segmentation-{number}.nii.gz").dataobj)
         assert np.array_equal(masks, (labels == 2).transpose(2, 0, 1)[slices])
     assert [max(volumes_of(images)) for images in loaded] == [29, 50] and [len(u) for u in units.values()] == [30, 21]

@@ -132,7 +132,7 @@ def client_images(centre, count, generator, small=True):
     masks[:, :, 10:13, 10:14] = 1
     images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
     names = [str(i) for i in range(count)]
-    return data.Images(centre, names, images, masks, torch.full((count,), 1024 / 12), torch.full((count,), small))
+    return data.Images(centre, names, images, masks, torch.full((count,), 1024 / 12), torch.full((count,), small), torch.ones(count, 2))
 
 
 @pytest.fixture

@@ -2,8 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 import metrics
 import plots
@@ -85,40 +87,185 @@ def test_dice_of_an_image(predicted, truth, expected):
     assert metrics.dice_per_image(predicted, truth).tolist() == [expected]
 
 
+# ------------------------------------------------------------------------------------------- lesion by lesion
+
+
+def grid(text):
+    """A mask from rows of . and #."""
+    return np.array([[character == "#" for character in row] for row in text.split()])
+
+
+def test_lesions_by_hand():
+    truth = grid("""##......
+                    ##....#.
+                    .......#
+                    ........
+                    ###.....
+                    ###.....""")
+    predicted = grid(""".##.....
+                        .##.....
+                        ........
+                        ....##..
+                        .....#..
+                        ........""")
+    # Lesion 1 (4 pixels) shares 2 with a component of 4: Dice 2 * 2 / (4 + 4). Lesion 2 (2 pixels, touching by a corner)
+    # and lesion 3 (6) are missed. The component at the bottom touches nothing. Image: 48 pixels.
+    found = metrics.match_lesions(predicted, truth)
+    assert found.inverse_area.tolist() == [48 / 4, 48 / 2, 48 / 6]
+    assert found.dice.tolist() == [0.5, 0, 0] and found.false_components == 1
+    assert metrics.lesion_dice(found) == 0.5 / 4  # three lesions and a false component
+
+
+def test_one_component_may_find_two_lesions_and_two_one():
+    # One component of 8 covers lesions of 2 and 3 pixels: 2 * 2 / (2 + 8) and 2 * 3 / (3 + 8).
+    found = metrics.match_lesions(grid("########"), grid("##..###."))
+    assert found.dice.tolist() == [0.4, 6 / 11] and found.false_components == 0
+    # Components of 1 and 2 pixels touch one lesion of 5: 2 * 3 / (5 + 3).
+    found = metrics.match_lesions(grid("#..##..."), grid("#####..."))
+    assert found.dice.tolist() == [0.75] and found.false_components == 0
+
+
+@pytest.mark.parametrize("predicted, truth, dice, false_components, expected", [
+    ("....", "....", [], 0, 1.0),
+    ("#.#.", "....", [], 2, 0.0),
+    ("....", ".##.", [0.0], 0, 0.0),
+    (".##.", ".##.", [1.0], 0, 1.0),
+])
+def test_lesions_where_something_is_empty(predicted, truth, dice, false_components, expected):
+    found = metrics.match_lesions(grid(predicted), grid(truth))
+    assert found.dice.tolist() == dice and found.false_components == false_components and metrics.lesion_dice(found) == expected
+
+
+def test_lesions_of_random_masks():
+    """The same by scikit-learn's F1, which is Dice, one lesion at a time."""
+    f1_score = pytest.importorskip("sklearn.metrics").f1_score
+    rng = np.random.default_rng(0)
+    for share in (0.05, 0.2, 0.4):
+        truth, predicted = rng.random((2, 14, 17)) < share
+        found = metrics.match_lesions(predicted, truth)
+        labels, n = ndimage.label(truth, np.ones((3, 3)))
+        components, m = ndimage.label(predicted, np.ones((3, 3)))
+        assert len(found.dice) == n
+        for i in range(1, n + 1):
+            lesion = labels == i
+            touching = np.isin(components, np.setdiff1d(components[lesion], [0]))
+            assert found.dice[i - 1] == pytest.approx(f1_score(lesion.ravel(), touching.ravel(), zero_division=0))
+            assert found.inverse_area[i - 1] == truth.size / lesion.sum()
+        assert found.false_components == sum(not (truth & (components == j)).any() for j in range(1, m + 1))
+
+
+def test_surfaces_by_hand():
+    truth, predicted = np.zeros((2, 9, 9), bool)
+    truth[2:5, 2:5], predicted[2:5, 4:7] = True, True
+    # Both boundaries are the 8 outer pixels of a square, two columns apart. From the truth's columns 2, 3, 4 the nearest
+    # boundary pixel is 2, 1, 0 columns away, 3, 2, 3 of them (the middle of column 3 is inside), and so the other way.
+    nsd, hd95 = metrics.surface_measures(predicted, truth, (1, 1), 1)
+    assert nsd == 10 / 16 and hd95 == 2
+    nsd, hd95 = metrics.surface_measures(predicted, truth, (0.7, 0.4), 0.4)  # columns are 0.4 mm apart
+    assert nsd == 10 / 16 and hd95 == pytest.approx(0.8)
+    assert metrics.surface_measures(predicted, truth, (1, 1), 2)[0] == 1
+
+
+def test_surfaces_where_something_is_empty():
+    empty, full = np.zeros((4, 4), bool), np.ones((4, 4), bool)
+    assert all(map(math.isnan, metrics.surface_measures(empty, empty, (1, 1), 1)))
+    for pair in ((empty, full), (full, empty)):
+        nsd, hd95 = metrics.surface_measures(*pair, (1, 1), 1)
+        assert nsd == 0 and math.isnan(hd95)
+    assert metrics.surface_measures(full, full, (1, 1), 1) == (1, 0)
+
+
+def random_shapes(rng):
+    """Blobs that may touch the border, as a mask of 24 x 31."""
+    return ndimage.gaussian_filter(rng.standard_normal((24, 31)), 2.5) > 0.05
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0), (0.7, 1.3)])
+def test_surfaces_against_all_pairs_of_boundary_pixels(spacing):
+    rng = np.random.default_rng(1)
+    for _ in range(5):
+        masks = [random_shapes(rng) for _ in range(2)]
+        edges = []
+        for mask in masks:
+            padded = np.pad(mask, 1)
+            inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+            edges.append(np.argwhere(mask & ~inside) * spacing)
+        distances = np.linalg.norm(edges[0][:, None] - edges[1][None], axis=2)
+        both = [distances.min(1), distances.min(0)]
+        nsd, hd95 = metrics.surface_measures(*masks, spacing, 1.5)
+        assert nsd == pytest.approx((np.concatenate(both) <= 1.5).mean())
+        assert hd95 == pytest.approx(max(np.percentile(d, 95) for d in both))
+
+
+def test_surfaces_agree_with_monai():
+    monai = pytest.importorskip("monai.metrics")
+    rng = np.random.default_rng(2)
+    for spacing in ((1.0, 1.0), (0.7, 1.3)):
+        for _ in range(10):
+            predicted, truth = random_shapes(rng), random_shapes(rng)
+            pair = [torch.from_numpy(mask)[None, None].float() for mask in (predicted, truth)]
+            theirs = (monai.compute_surface_dice(*pair, [1.5], include_background=True, spacing=spacing).item(),
+                      monai.compute_hausdorff_distance(*pair, include_background=True, percentile=95, spacing=spacing).item())
+            assert metrics.surface_measures(predicted, truth, spacing, 1.5) == pytest.approx(theirs, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- sums and tables
+
 DICE = torch.tensor([0.2, 0.4, 0.9, 1.0, 0.0], dtype=torch.float64)
 LESION = torch.tensor([True, True, True, False, False])
 SMALL = torch.tensor([True, False, False, False, True])  # the last is flagged, but its mask is empty
 PREDICTED = torch.tensor([True, True, True, False, True])
+LESIONS = [metrics.Lesions(np.array([150.0, 2000.0]), np.array([0.4, 0.0]), 1), metrics.Lesions(np.array([20.0]), np.array([0.4]), 0),
+           metrics.Lesions(np.array([49.9, 50.0]), np.array([0.9, 0.5]), 0), metrics.Lesions(np.zeros(0), np.zeros(0), 0),
+           metrics.Lesions(np.zeros(0), np.zeros(0), 3)]
+SURFACES = torch.tensor([[0.5, 4.0], [0.7, 2.0], [0.6, 3.0], [math.nan, math.nan], [0.0, math.nan]], dtype=torch.float64)
+NOT_ASKED = torch.full((5, 2), math.nan, dtype=torch.float64)
 
 
 def test_means_by_size():
-    means = metrics.means(metrics.tally(DICE, LESION, SMALL, PREDICTED))
+    means = metrics.means(metrics.tally(DICE, LESION, SMALL, PREDICTED, LESIONS, SURFACES))
+    assert list(means) == list(metrics.MEASURES)
     assert means["dice_s"] == {"mean": 0.2, "n": 1}
     assert means["dice_l"] == {"mean": pytest.approx(0.65), "n": 2}
     assert means["dice_n"] == {"mean": pytest.approx(0.5), "n": 3}
     assert means["dice"] == {"mean": pytest.approx(0.5), "n": 5}
     assert means["false_positive"] == {"mean": 0.5, "n": 2}
+    # 0.4 / (2 lesions + 1 component), 0.4, (0.9 + 0.5) / 2, 1 for nothing at all, 0 for three components
+    assert means["lesion_dice"] == {"mean": pytest.approx((0.4 / 3 + 0.4 + 0.7 + 1 + 0) / 5), "n": 5}
+    assert means["false_components"] == {"mean": 4 / 5, "n": 5}
+    assert means["recall"] == {"mean": 4 / 5, "n": 5}  # all but the second are found
+    assert means["recall_0_50"] == {"mean": 1, "n": 2} and means["recall_50_150"] == {"mean": 1, "n": 1}
+    assert means["recall_150_1000"] == {"mean": 1, "n": 1} and means["recall_1000_up"] == {"mean": 0, "n": 1}
+    assert means["nsd"] == {"mean": pytest.approx(1.8 / 4), "n": 4} and means["hd95"] == {"mean": 3, "n": 3}
 
 
 def test_reduction_over_clients_is_exact(generator):
     dice = torch.rand(101, generator=generator).double()  # 24 bits each, so that float64 sums of them are exact
     lesion, small, predicted = (torch.rand(3, 101, generator=generator) < 0.6).unbind()
+    lesions, surfaces = [LESIONS[1]] * 101, torch.rand(101, 2, generator=generator).double()
     parts = [slice(0, 7), slice(7, 7), slice(7, 60), slice(60, 101)]
-    together = metrics.tally(dice, lesion, small, predicted)
-    assert torch.equal(sum(metrics.tally(dice[p], lesion[p], small[p], predicted[p]) for p in parts), together)
+    together = metrics.tally(dice, lesion, small, predicted, lesions, surfaces)
+    apart = sum(metrics.tally(dice[p], lesion[p], small[p], predicted[p], lesions[p], surfaces[p]) for p in parts)
+    exact = [i for i, name in enumerate(metrics.MEASURES) if name != "lesion_dice"]  # 101 times 0.4 rounds
+    assert torch.equal(apart[exact], together[exact])
+    torch.testing.assert_close(apart, together, rtol=1e-14, atol=0)
 
 
 def test_nothing_to_average_is_nan():
     none = torch.zeros(3, dtype=torch.bool)
-    means = metrics.means(metrics.tally(torch.ones(3, dtype=torch.float64), none, none, none))
-    assert math.isnan(means["dice_s"]["mean"]) and means["dice_s"]["n"] == 0
-    assert means["dice"] == {"mean": 1.0, "n": 3}
+    means = metrics.means(metrics.tally(torch.ones(3, dtype=torch.float64), none, none, none, LESIONS[3:4] * 3, NOT_ASKED[:3]))
+    for measure in ("dice_s", "recall", "recall_0_50", "nsd", "hd95"):
+        assert math.isnan(means[measure]["mean"]) and means[measure]["n"] == 0
+    assert means["dice"] == {"mean": 1.0, "n": 3} and means["lesion_dice"] == {"mean": 1.0, "n": 3}
 
 
 def test_table_shows_counts_and_dashes():
-    means = metrics.means(metrics.tally(DICE, LESION, LESION & False, PREDICTED))
+    means = metrics.means(metrics.tally(DICE, LESION, LESION & False, PREDICTED, LESIONS, NOT_ASKED))
     text = metrics.table({"best": {"round": 3, "in_test": means, "out_test": means}})
     assert "Dice_S" in text and "– (n=0)" in text and "0.500 (n=3)" in text and "best (round 3)" in text
+    assert "lesion recall" in text and "HD95" not in text
+    means = metrics.means(metrics.tally(DICE, LESION, LESION & False, PREDICTED, LESIONS, SURFACES))
+    assert "3.000 (n=3)" in metrics.table({"published": {"round": None, "in_test": means, "out_test": means}})
 
 
 @pytest.mark.parametrize("channels", [3, 1])

@@ -15,15 +15,18 @@ import time
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import fedgs
+import metrics
+import plots
 import runs
 from conftest import ROOT
 from metrics import DISENTANGLED_WEIGHTS
 from models import SDUTNet, UTNet
 
-TINY = ["--data-root", "stand-in", "--centres", "4", "5", "6", "--image-size", "32", "--width", "2", "--batch-size", "8",
+TINY = ["--data-root", "stand-in", "--centres", "4", "5", "6", "--image-size", "32", "--width", "2", "--batch-size", "24",
         "--local-epochs", "1", "--lr", "1e-3", "--rounds", "2"]
 
 
@@ -61,12 +64,19 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def plain_pictures(monkeypatch):
+    """`finished` draws its pictures; the other runs, to be quick, an empty one each."""
+    for name in ("draw_curves", "draw_predictions"):
+        monkeypatch.setattr(plots, name, lambda *what: Figure(figsize=(1, 1)))
+
+
 # ----------------------------------------------------------------------------------------- the run's folder
 
 
 def test_folder_is_complete(finished):
     assert {path.name for path in finished.iterdir()} == {
-        "config.json", "rounds.csv", "scores.csv", "results.json", "last.pt", "best.pt", "best_small.pt", "resume.pt",
+        "config.json", "rounds.csv", "scores.csv", "lesions.csv", "results.json", "last.pt", "best.pt", "best_small.pt", "resume.pt",
         "curves.png", "predictions.png"}
 
 
@@ -92,6 +102,13 @@ def test_scores_are_the_table(finished):
                 assert expected["n"] == len(kind)
                 if kind:
                     assert math.fsum(float(row["dice"]) for row in kind) / len(kind) == pytest.approx(expected["mean"], rel=1e-12)
+            lesions = [row for row in rows(finished / "lesions.csv") if (row["checkpoint"], row["split"]) == (name, split)]
+            assert len(lesions) == sum(int(row["lesions"]) for row in chosen) == results["checkpoints"][name][split]["recall"]["n"]
+            assert sum(int(row["found"]) for row in lesions) == sum(int(row["found"]) for row in chosen)
+            for row in chosen:
+                own = [float(lesion["dice"]) for lesion in lesions if (lesion["centre"], lesion["name"]) == (row["centre"], row["name"])]
+                count = len(own) + int(row["false_components"])
+                assert float(row["lesion_dice"]) == pytest.approx(sum(own) / count if count else 1)
     assert {row["centre"] for row in scores if row["split"] == "out_test"} == {"6"}
     assert {row["centre"] for row in scores if row["split"] == "in_test"} == {"4", "5"}
 
@@ -99,7 +116,7 @@ def test_scores_are_the_table(finished):
 def test_stand_in_is_named_everywhere(finished):
     for name in ("config.json", "results.json"):
         assert "stand-in" in (finished / name).read_text()
-    for name in ("rounds.csv", "scores.csv"):
+    for name in ("rounds.csv", "scores.csv", "lesions.csv"):
         assert all(row["data"] == "PolypGen stand-in" for row in rows(finished / name))
 
 
@@ -127,7 +144,7 @@ def test_disentangled_run(tmp_path):
     SDUTNet(width=2, size=32).load_state_dict(whole, strict=True)
     for row in rows(tmp_path / "whole" / "rounds.csv"):
         terms = {name: float(row[f"term_{name}"]) for name in DISENTANGLED_WEIGHTS}
-        steps = {"C4": 9, "C5": 8}  # of 72 and 66 images
+        steps = {"C4": 3, "C5": 2}  # of 72 and 66 images
         loss = sum(steps[k] * float(row[f"loss_{k}"]) for k in steps) / sum(steps.values())
         assert sum(weight * terms[name] for name, weight in DISENTANGLED_WEIGHTS.items()) == pytest.approx(loss, rel=1e-4)
     with Image.open(tmp_path / "whole" / "anatomy.png") as image:
@@ -227,6 +244,53 @@ def test_more_rounds_with_resume(finished, tmp_path):
     assert run(tmp_path, "--rounds", 1) == 0
     assert run(tmp_path, "--resume") == 0
     same_end(tmp_path, finished)
+
+
+# -------------------------------------------------------------------------------------------------- grid
+
+
+def test_grid_interrupted_and_resumed(tmp_path, capsys, monkeypatch):
+    """Two methods, two seeds, one command: stopped in its third run, resumed, and ended by the right table."""
+    options = ["--method", "fedavg", "fedgs", "--seeds", 0, 1, "--rounds", 1]
+    names = [f"polypgen-{method}-utnet-f1-s{seed}" for seed in (0, 1) for method in ("fedavg", "fedgs")]
+    whole = runs.save_progress
+
+    def failing(folder, *rest):
+        if folder.name == names[2]:
+            raise KeyboardInterrupt
+        whole(folder, *rest)
+
+    monkeypatch.setattr(runs, "save_progress", failing)
+    assert run(tmp_path, *options) == 130
+    monkeypatch.setattr(runs, "save_progress", whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[:3])
+    before = {path: path.stat().st_mtime_ns for name in names[:2] for path in (tmp_path / name).iterdir()}
+    capsys.readouterr()
+    assert run(tmp_path, *options, "--resume") == 0
+    text = capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before} == before and text.count("is complete") == 2
+
+    [section] = metrics.compare([tmp_path / name for name in names])
+    assert metrics.report([section]) in text and "PolypGen stand-in, utnet, checkpoint best" in text
+    assert {label: [r.part for r in group] for label, group in section.groups.items()} == {
+        "fedavg": [(1, 0), (1, 1)], "fedgs": [(1, 0), (1, 1)]}
+    means = [json.loads((tmp_path / name / "results.json").read_text())["checkpoints"]["best"]["out_test"]["dice"]["mean"]
+             for name in names]
+    assert section.summary["out_test", "dice", "fedgs"]["mean"] == pytest.approx((means[1] + means[3]) / 2)
+    difference = section.differences["fedavg", "fedgs", "out_test", "dice"]
+    assert difference["mean"] == pytest.approx((means[1] + means[3] - means[0] - means[2]) / 2)
+
+    assert run(tmp_path, *options) == 0 and capsys.readouterr().out.count("is complete") == 4  # nothing is left to do
+    refused(capsys, run(tmp_path, *options, "--lr", 0.5), names[0], "another run", "lr 0.001, now 0.5")
+    refused(capsys, run(tmp_path, *options[:-1], 2), names[0], "not empty", "--resume")
+
+
+def test_grid_refuses_before_it_begins(tmp_path, capsys):
+    (tmp_path / "polypgen-fedgs-utnet-f3-s0").mkdir()
+    (tmp_path / "polypgen-fedgs-utnet-f3-s0" / "notes.txt").write_text("")
+    refused(capsys, run(tmp_path, "--folds", 1, 2, 3), "f3-s0 is not empty")
+    refused(capsys, run(tmp_path, "--folds", 1, 2, "--split", "centre"), "--fold 2", "no folds")
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 # ------------------------------------------------------------------------------------------------ errors
