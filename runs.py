@@ -157,7 +157,7 @@ def is_temporary(path):
 def to_csv(rows):
     """Dictionaries with equal keys as CSV text with a header."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer = csv.DictWriter(text, rows[0].keys() if rows else (), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

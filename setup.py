@@ -142,5 +142,6 @@ setup(
         "pytest>=8",
         "scikit-learn>=1.4",  # the published splits were made with it
         "setuptools>=68", "pybind11>=2.12", "ninja>=1.11",  # the tests compile the kernels, too
-    ]},
+        "nbclient>=0.10", "ipykernel>=6.29",  # run the notebooks
+    ], "notebooks": ["jupyterlab>=4"]},
 )
