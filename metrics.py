@@ -288,26 +288,31 @@ def read_run(folder, checkpoint):
     """results.json and scores.csv of a run. -> Run"""
     try:
         results = json.loads((folder / "results.json").read_text())
-        if checkpoint not in results["checkpoints"]:
-            raise RunError(f"{folder} has no results of checkpoint {checkpoint}, but of {', '.join(results['checkpoints'])}")
         with (folder / "scores.csv").open(newline="") as file:
-            scores = {(row["split"], row["centre"], row["name"]): Score(float(row["inverse_area"]), row["small"] == "1",
-                      float(row["dice"]), float(row["lesion_dice"]))
-                      for row in csv.DictReader(file) if row["checkpoint"] == checkpoint}
-        means = {split: results["checkpoints"][checkpoint][split] for split in SPLITS}
-        complete = {"method", "model", "dataset", "fold", "seed", "tau"} <= results["config"].keys()
-        if not (scores and complete and all(means[split][measure].keys() >= {"mean", "n"} for split in SPLITS for measure in MEASURES)):
-            raise ValueError("something is missing in it")
-        return Run(folder, results["data"], results["config"], means, scores)
+            rows = [row for row in csv.DictReader(file) if row["checkpoint"] == checkpoint]
+        found = list(results["checkpoints"])
+        run = as_run(folder, results, rows, checkpoint) if checkpoint in found else None
     except FileNotFoundError as error:
         raise RunError(f"{folder} holds no finished run, {Path(error.filename).name} is missing: finish it with --resume, or "
                        "leave it out") from error
-    except (KeyError, TypeError, AttributeError, csv.Error) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, csv.Error) as error:
         raise RunError(f"{folder}: results.json or scores.csv is damaged, or of another version ({error!r})") from error
-    except ValueError as error:
-        if isinstance(error, RunError):
-            raise
-        raise RunError(f"{folder}: results.json or scores.csv is damaged ({error})") from error
+    if run is None:
+        raise RunError(f"{folder} has no results of checkpoint {checkpoint}, but of {', '.join(found)}")
+    return run
+
+
+def as_run(folder, results, rows, checkpoint):
+    """The content of a run's files, all of it there and of the right kind. -> Run; raises what its content makes it raise"""
+    means = {split: {measure: results["checkpoints"][checkpoint][split][measure] for measure in MEASURES} for split in SPLITS}
+    config = results["config"]
+    if missing := {"method", "model", "dataset", "fold", "seed", "tau", "image_size"} - config.keys():
+        raise KeyError(*missing)
+    scores = {(row["split"], row["centre"], row["name"]): Score(float(row["inverse_area"]), row["small"] == "1", float(row["dice"]),
+                                                                float(row["lesion_dice"])) for row in rows}
+    if len(scores) != means["in_test"]["dice"]["n"] + means["out_test"]["dice"]["n"]:
+        raise ValueError(f"{len(scores)} images in scores.csv, others in results.json")
+    return Run(folder, results["data"], config, means, scores)
 
 
 def check_together(everything):
