@@ -241,6 +241,8 @@ def open_image(path, mode):
     """A fully decoded Pillow image. Raises DataError naming the file."""
     try:
         with Image.open(path) as image:
+            if image.mode[0] in "IF":  # converting would cut values off
+                raise DataError(f"{path} has pixels of type {image.mode}: save it with 8 bits a channel")
             return image.convert(mode)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: how some decoders call damage
         raise DataError(f"cannot read {path}: {error}") from error
@@ -440,7 +442,7 @@ def open_nifti(path):
 def check_whole(path, image):
     """Raise DataError for a NIfTI file that is cut short, or compressed and not what its checksum says."""
     try:
-        if path.suffix == ".gz":
+        if path.suffix.lower() == ".gz":
             with gzip.open(path) as file:
                 while file.read(1 << 20):
                     pass

@@ -389,10 +389,10 @@ class Server:
 # ------------------------------------------------------------------------------------------ round loop
 
 
-def run(config, why="as given"):
+def run(config, why="as given", federation=None):
     """A whole run: train round by round, keep everything in the run's folder, test, draw. -> content of results.json
 
-    why: the reason for the preset, for the header. Raises RunError or data.DataError where the configuration, the
+    why: the reason for the preset, for the header; federation: its data, where they are loaded already. Raises RunError or data.DataError where the configuration, the
     data or the folder cannot be used, before anything is written, and for a round that is refused.
     """
     check(config)
@@ -400,7 +400,7 @@ def run(config, why="as given"):
     torch.backends.cudnn.deterministic = True  # a CPU is repeatable as it is; this is cuDNN's part of it on a GPU
     kernels, which_kernels = choose_kernels(config.kernels, device)
     root, folder = data.find(config.dataset, config.data_root), runs.run_folder(config)
-    federation = load_data(config, root)
+    federation = federation or load_data(config, root)
     for centre, images in federation.train.items():
         if len(images) < config.batch_size:
             raise RunError(f"centre {centre} has {len(images)} training images, less than --batch-size {config.batch_size}")
@@ -435,6 +435,7 @@ def run(config, why="as given"):
     results, files = test(network, federation, config, {name: folder / f"{name}.pt" for name in ("best", "best_small")}, title)
     results |= {"rounds": len(history), "seconds": sum(row["seconds"] for row in history)}
     files |= {"curves.png": plots.draw_curves(history, title), "results.json": runs.to_json(results)}
+    (folder / "results.json").unlink(missing_ok=True)  # comes last: until it is there, the run is not complete
     for name, content in files.items():
         runs.write(folder / name, content)
     print(f"\nin {folder}: {', '.join(files)}, rounds.csv, best.pt, best_small.pt, last.pt")
@@ -449,7 +450,8 @@ def checkpoint(network, config, source, round_):
     state = network.state_dict()
     for name, tensor in state.items():
         state[name] = tensor.to("cpu", copy=True)
-    state._metadata["fedgs"] = {"version": __version__, "data": source, "round": round_, "config": asdict(config)}
+    own = {**asdict(config), "data_root": "", "cache": "", "out": ""}  # no paths of this machine
+    state._metadata["fedgs"] = {"version": __version__, "data": source, "round": round_, "config": own}
     return state
 
 
@@ -610,14 +612,14 @@ def open_checkpoint(path, given):
     state = runs.read_checkpoint(path)
     about = runs.metadata(state, path)
     if about:
-        local = {"preset", "device", "kernels", "cache", "out", "resume", "nsd_tolerance"}  # said anew at each place
-        trained = {name: about["config"][name] for name in about["config"].keys() & {f.name for f in fields(Config)} - local}
+        free = runs.FREE_ON_RESUME | {"centres", "out_centre"}  # these say where, and on what, it is used
+        trained = {f.name: about["config"][f.name] for f in fields(Config) if f.name in about["config"].keys() - runs.FREE_ON_RESUME}
+        if not all(is_plausible(f, trained[f.name]) for f in fields(Config) if f.name in trained):
+            raise RunError(f"{path}: its configuration is damaged")
         for name, value in given.items():
-            if name not in runs.FREE_ON_RESUME and shown(value) != shown(trained.get(name)):
+            if name not in free and shown(value) != shown(trained.get(name)):
                 raise RunError(f"--{name.replace('_', '-')} {shown(value)}: {path} was trained with {shown(trained.get(name)) or 'another'}")
         config = Config(**{**trained, **given})
-        if any(type(getattr(config, f.name)) not in (type(f.default), list) for f in fields(Config)):
-            raise RunError(f"{path}: its configuration is damaged")
     else:
         config, _ = configure({"preset": "paper", "method": "unknown", **given})
     check(config)
@@ -626,12 +628,22 @@ def open_checkpoint(path, given):
     return network.to(choose_device(config)), config, about.get("data")
 
 
+def is_plausible(f, value):
+    """Whether a field of Config may have this value, as far as its type and its choices say."""
+    if isinstance(f.default, tuple):
+        return isinstance(value, list | tuple) and all(type(x) is int for x in value)
+    kinds = (int, float) if isinstance(f.default, float) else (type(f.default),)
+    return type(value) in kinds and value in f.metadata.get("choices", [value])
+
+
 def evaluate_checkpoint(path, given):
     """--evaluate: test a checkpoint without training; files only where --out says. -> content of results.json"""
     network, config, trained = open_checkpoint(path, given)
     if config.out:
-        runs.check_folder(Path(config.out), None, resume=False)
-    federation = load_data(config, data.find(config.dataset, config.data_root))
+        runs.check_empty(Path(config.out))
+    root = data.find(config.dataset, config.data_root)
+    federation = load_data(config, root)
+    print(f"testing {path} on {federation.source}, " + (f"in {root}" if root else "drawn images (--data-root names real ones)"), flush=True)
     if trained not in (None, federation.source):
         federation.source += f" (trained on {trained})"
     results, files = test(network, federation, config, {path.stem: path}, f"{path.name}: {describe_model(config)} on {federation.source}")
@@ -763,30 +775,45 @@ def several(given):
 
 
 def run_grid(given):
-    """A run for each combination of methods, folds and seeds, except those that are complete, and their comparison."""
+    """A run for each combination of methods, folds and seeds, except those that are complete, and their comparison.
+
+    A run that is refused does not keep the others from running. Raises RunError for them at the end, and before anything
+    begins for options that no run can use and folders that hold something else.
+    """
     axes, plan = several(given), []
     for values in itertools.product(*axes.values()):
         config, why = configure({**given, **dict(zip(axes, values))})
         config.out = str(Path(config.out or "runs") / runs.run_name(config))
         check(config)
-        plan.append((config, why, runs.is_complete(Path(config.out), config)))
-    for config, _, complete in plan:
-        if not complete and not config.resume:
-            runs.check_folder(Path(config.out), None, resume=False)
+        complete = runs.is_complete(Path(config.out), config)
+        if not complete:
+            runs.check_folder(Path(config.out), {"config": asdict(config)}, config.resume)
+        plan.append((config, why, complete))
+    federation, fold, failures = None, None, []
     for i, (config, why, complete) in enumerate(plan, start=1):
         print(f"run {i} of {len(plan)}: {config.out}{' is complete' if complete else ''}\n", flush=True)
-        if not complete:
-            run(config, why)
-            print(flush=True)
-    folders = [config.out for config, _, _ in plan]
-    print(metrics.report(metrics.compare(folders)))
-    print(f"\nto draw it: python metrics.py {' '.join(folders)} --plot comparison.png")
+        if fold != config.fold:
+            federation, fold = load_data(config, data.find(config.dataset, config.data_root)), config.fold
+        try:
+            if complete:
+                record = describe_run(config, federation, choose_device(config), PYTORCH)
+                runs.check_same(Path(config.out) / "config.json", record)
+            else:
+                run(config, why, federation)
+        except RunError as error:
+            failures.append(f"{config.out}: {error}")
+    folders = [config.out for config, _, _ in plan if (Path(config.out) / "results.json").exists()]
+    if folders:
+        print("\n" + metrics.report(metrics.compare(folders)))
+        print(f"\nto draw it: python metrics.py {' '.join(folders)} --plot comparison.png")
+    if failures:
+        raise RunError(f"{len(failures)} of {len(plan)} runs failed: " + "; ".join(failures))
 
 
 def main(arguments=None):
     """The command line. -> exit code: 0, 2 for an error (one line on stderr), 130 when interrupted"""
+    given, use = parse(arguments)
     try:
-        given, use = parse(arguments)
         if "evaluate" in use:
             evaluate_checkpoint(use["checkpoint"], given)
         elif "predict" in use:
@@ -801,10 +828,12 @@ def main(arguments=None):
     except (MemoryError, RuntimeError) as error:  # torch says so with a RuntimeError
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        print("fedgs.py: error: out of memory: choose a smaller --batch-size, --image-size or --width", file=sys.stderr)
+        hint = "" if use else ": choose a smaller --batch-size, --image-size or --width"
+        print(f"fedgs.py: error: out of memory{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nfedgs.py: interrupted; the same command with --resume goes on from the last whole round", file=sys.stderr)
+        hint = "what was written stays" if use else "the same command with --resume goes on from the last whole round"
+        print(f"\nfedgs.py: interrupted; {hint}", file=sys.stderr)
         return 130
     return 0
 

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageColor, ImageDraw, PngImagePlugin
 from scipy import ndimage
 from tqdm import tqdm
 
 import data
+import plots
 
 READS = {"polypgen": (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"), "lits": (".nii", ".nii.gz")}  # suffixes
-COLOUR = np.array([86, 180, 233])  # of the overlay: Okabe and Ito's sky blue, as in the other pictures
+COLOUR = np.array(ImageColor.getrgb(plots.SKY))  # of predictions, as in the other pictures
 
 
 def find_inputs(paths, dataset):
@@ -37,7 +38,7 @@ def find_inputs(paths, dataset):
     named = {}
     for path in files:
         name = path.name[: -len(suffix(path, dataset))]
-        if name in named:
+        if named.get(name, path) != path:
             raise data.DataError(f"{named[name]} and {path} would have the same results: give them other names, or predict them apart")
         named[name] = path
     return named

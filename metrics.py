@@ -45,6 +45,7 @@ MEASURES = {  # name in files -> heading in tables; the paper's Dice_S and Dice_
     "nsd": "NSD",  # images with a lesion or a prediction, where asked for, see surface_measures
     "hd95": "HD95",  # images with both
 }
+SURFACES = ("nsd", "hd95")
 
 
 # ---------------------------------------------------------------------------------------------- loss
@@ -148,13 +149,13 @@ def surface_measures(predicted, truth, spacing, tolerance):
     Boundary pixels have one of their four neighbours outside the mask, or outside the image. Normalised surface dice
     (Nikolov et al., J Med Internet Res 23:e26151, 2021): the share of both boundaries within the tolerance of the other.
     HD95: the larger of the two directed 95th percentiles of distances. Where only one mask is empty, NSD is 0 and HD95
-    NaN; where both are, both are NaN.
+    NaN; where both are, both are NaN. A millionth of the tolerance is allowed for rounding.
     """
     if not (predicted.any() and truth.any()):
         return (0.0 if predicted.any() or truth.any() else math.nan), math.nan
     first, second = (mask & ~ndimage.binary_erosion(mask) for mask in cropped(predicted, truth))
     distances = [ndimage.distance_transform_edt(~other, sampling=spacing)[edge] for edge, other in ((first, second), (second, first))]
-    return (np.concatenate(distances) <= tolerance).mean(), max(np.percentile(d, 95) for d in distances)
+    return (np.concatenate(distances) <= tolerance * (1 + 1e-6)).mean(), max(np.percentile(d, 95) for d in distances)
 
 
 def tally(dice, lesion, small, predicted, lesions, surfaces):
@@ -197,14 +198,14 @@ def table(results):
     rows = [["", *(split.replace("_", "-") for _, _, split in columns)]]
     for measure, heading in MEASURES.items():
         scores = [result[split][measure] for _, result, split in columns]
-        if any(score["n"] for score in scores) or measure not in ("nsd", "hd95"):
+        if measure not in SURFACES or any(score["n"] for score in scores):
             rows.append([heading, *(cell(score) for score in scores)])
     return aligned([header, *rows])
 
 
 def surface_note(config):
     """The units of NSD and HD95, for tables; empty where they were not asked for."""
-    unit = {"polypgen": "pixels of the network's image", "lits": "mm"}[config["dataset"]]
+    unit = "mm" if config["dataset"] == "lits" else "pixels of the network's image"
     tolerance = config.get("nsd_tolerance")
     return f"NSD: within {tolerance:g} {unit}; HD95 in {unit}" if tolerance else ""
 
@@ -231,6 +232,7 @@ def markdown(rows):
 
 PAIRED = ("dice_s", "dice_l", "dice_n", "dice", "lesion_dice")  # measures that every image has for itself
 SPLITS = ("in_test", "out_test")
+FEWEST = 10  # images (volumes of LiTS) that an interval needs: with fewer, bootstrap intervals are much too narrow
 
 
 class Score(NamedTuple):
@@ -255,6 +257,7 @@ class Run(NamedTuple):
     data: str  # where its test images come from
     config: dict
     means: dict  # {split: {measure: {"mean": float or None, "n": int}}}
+    checkpoint: str
     scores: dict  # {(split, centre, name): Score}
 
     @property
@@ -268,12 +271,13 @@ class Section(NamedTuple):
     title: str
     groups: dict  # {label: [Run]}, what differs in more than fold and seed apart
     summary: dict  # {(split, measure, label): {"runs", "mean", "std", "n": (fewest, most)}}
-    differences: dict  # {(first, second, split, measure): {"runs", "images", "mean", "low", "high", "p"}}
+    differences: dict  # {(first, second, split, measure): see paired_difference}
 
 
-def compare(folders, checkpoint="best"):
+def compare(folders, checkpoint=""):
     """Read finished runs and compare them. -> a Section for each data set and network
 
+    checkpoint: whose results; else `best`, or the only one of a folder that --evaluate wrote.
     Raises RunError for folders without a finished run, damaged files, and runs that do not belong together.
     """
     everything = [read_run(Path(folder), checkpoint) for folder in folders]
@@ -281,17 +285,18 @@ def compare(folders, checkpoint="best"):
     sections = defaultdict(list)
     for run in everything:
         sections[run.data, run.config["model"]].append(run)
-    return [section(f"{data}, {model}, checkpoint {checkpoint}", found) for (data, model), found in sections.items()]
+    return [section(found) for found in sections.values()]
 
 
-def read_run(folder, checkpoint):
+def read_run(folder, checkpoint=""):
     """results.json and scores.csv of a run. -> Run"""
     try:
         results = json.loads((folder / "results.json").read_text())
         with (folder / "scores.csv").open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["checkpoint"] == checkpoint]
+            rows = list(csv.DictReader(file))
         found = list(results["checkpoints"])
-        run = as_run(folder, results, rows, checkpoint) if checkpoint in found else None
+        chosen = checkpoint or ("best" if "best" in found else found[0])
+        run = as_run(folder, results, rows, chosen) if chosen in found else None
     except FileNotFoundError as error:
         raise RunError(f"{folder} holds no finished run, {Path(error.filename).name} is missing: finish it with --resume, or "
                        "leave it out") from error
@@ -303,16 +308,22 @@ def read_run(folder, checkpoint):
 
 
 def as_run(folder, results, rows, checkpoint):
-    """The content of a run's files, all of it there and of the right kind. -> Run; raises what its content makes it raise"""
-    means = {split: {measure: results["checkpoints"][checkpoint][split][measure] for measure in MEASURES} for split in SPLITS}
-    config = results["config"]
-    if missing := {"method", "model", "dataset", "fold", "seed", "tau", "image_size"} - config.keys():
-        raise KeyError(*missing)
+    """The content of a run's files. -> Run; raises what content that is incomplete, or contradicts itself, makes it raise"""
+    kinds = {"method": str, "model": str, "dataset": str, "fold": int, "seed": int, "image_size": int, "tau": (int, float)}
+    for name, kind in kinds.items():
+        if not isinstance(results["config"][name], kind):
+            raise TypeError(name)
+    means = {split: {measure: {"mean": float("nan" if score["mean"] is None else score["mean"]), "n": int(score["n"])}
+                     for measure in MEASURES for score in [results["checkpoints"][checkpoint][split][measure]]} for split in SPLITS}
     scores = {(row["split"], row["centre"], row["name"]): Score(float(row["inverse_area"]), row["small"] == "1", float(row["dice"]),
-                                                                float(row["lesion_dice"])) for row in rows}
-    if len(scores) != means["in_test"]["dice"]["n"] + means["out_test"]["dice"]["n"]:
-        raise ValueError(f"{len(scores)} images in scores.csv, others in results.json")
-    return Run(folder, results["data"], config, means, scores)
+                                                                float(row["lesion_dice"]))
+              for row in rows if row["checkpoint"] == checkpoint}
+    for split, measure in itertools.product(SPLITS, PAIRED):
+        values = [value for key, score in scores.items() if key[0] == split and (value := score.of(measure)) is not None]
+        score = means[split][measure]
+        if len(values) != score["n"] or values and not math.isclose(np.mean(values), score["mean"], rel_tol=1e-9, abs_tol=1e-9):
+            raise ValueError(f"they disagree on {measure} of {split}")
+    return Run(folder, results["data"], results["config"], means, checkpoint, scores)
 
 
 def check_together(everything):
@@ -338,63 +349,81 @@ def test_images(run, split):
     return {key: (score.inverse_area, score.small) for key, score in run.scores.items() if key[0] == split}
 
 
-def section(title, everything):
+def section(everything):
     """Group runs by what they differ in, and compare the groups. -> Section"""
-    ignored = runs.FREE_ON_RESUME - {"rounds", "nsd_tolerance"} | {"method", "fold", "seed"}
-    options = [name for name in everything[0].config if name not in ignored]
+    ignored = runs.FREE_ON_RESUME - {"rounds"} | {"method", "fold", "seed"}
+    options = dict.fromkeys(name for run in everything for name in run.config if name not in ignored)
     differing = [name for name in options if len({str(run.config.get(name)) for run in everything}) > 1]
     groups = {}
     for run in everything:
-        label = ", ".join([run.config["method"], *(f"{name} {run.config.get(name)}" for name in differing)])
+        method = run.config["method"] if run.config["method"] != "unknown" else run.folder.name
+        label = ", ".join([method, *(f"{name} {run.config.get(name)}" for name in differing)])
         same = [other for other in groups.setdefault(label, []) if other.part == run.part]
         if same:
             raise RunError(f"{run.folder} and {same[0].folder} are the same run: {label}, fold {run.part[0]}, seed {run.part[1]}")
         groups[label].append(run)
     groups = dict(sorted(groups.items()))
+    one_tolerance = len({run.config.get("nsd_tolerance") for run in everything}) == 1
     summary = {(split, measure, label): over_runs(group, split, measure)
-               for split in SPLITS for measure in MEASURES for label, group in groups.items()}
+               for split in SPLITS for measure in MEASURES if one_tolerance or measure not in SURFACES for label, group in groups.items()}
     differences = {(first, second, split, measure): paired_difference(groups[first], groups[second], split, measure)
                    for first, second in itertools.combinations(groups, 2) for split in SPLITS for measure in PAIRED}
-    return Section(title, groups, summary, differences)
+    first, names = everything[0], dict.fromkeys(run.checkpoint for run in everything)
+    return Section(f"{first.data}, {first.config['model']}, checkpoint {' and '.join(names)}", groups, summary, differences)
 
 
 def over_runs(group, split, measure):
     """Mean and standard deviation (n - 1) of a measure over runs; NaN where there are too few."""
     scores = [run.means[split][measure] for run in group if run.means[split][measure]["n"]]
-    values, counts = [score["mean"] for score in scores], [score["n"] for score in scores] or [0]
-    return {"runs": len(values), "mean": np.mean(values) if values else math.nan,
-            "std": np.std(values, ddof=1) if len(values) > 1 else math.nan, "n": (min(counts), max(counts))}
+    counts = [score["n"] for score in scores] or [0]
+    return {**mean_and_std([score["mean"] for score in scores]), "runs": len(scores), "n": (min(counts), max(counts))}
+
+
+def mean_and_std(values):
+    """The standard deviation is that of a sample (n - 1)."""
+    return {"mean": float(np.mean(values)) if len(values) else math.nan, "std": float(np.std(values, ddof=1)) if len(values) > 1 else math.nan}
 
 
 def paired_difference(first, second, split, measure):
-    """second - first, image by image, over their runs with the same fold and seed; see clustered_difference."""
+    """second - first, image by image, over pairs of their runs with the same fold and seed.
+
+    -> {"runs": pairs, "images", "clusters", "mean", "std": of the pairs' mean differences, "low", "high", "p": see interval}
+    The slices of a volume are one cluster, and so is an image of a data set without volumes.
+    """
     pairs = [(a, b) for a in first for b in second if a.part == b.part]
-    by_image = defaultdict(list)
-    for a, b in pairs:
+    images, clusters = set(), defaultdict(lambda: np.zeros((2, len(pairs))))  # sums and counts, by pair
+    for r, (a, b) in enumerate(pairs):
         for key, score in a.scores.items():
             if key[0] == split and score.of(measure) is not None:
-                by_image[key].append(b.scores[key].of(measure) - score.of(measure))
-    return {"runs": len(pairs), "images": len(by_image), **clustered_difference(list(by_image.values()))}
+                images.add(key)
+                clusters[(*key[:2], key[2].partition("_slice-")[0])][:, r] += b.scores[key].of(measure) - score.of(measure), 1
+    sums, counts = np.array(list(clusters.values())).reshape(len(clusters), 2, len(pairs)).transpose(1, 0, 2)  # (clusters, pairs) each
+    known = counts.sum(0) > 0
+    return {"runs": len(pairs), "images": len(images), "clusters": len(sums),
+            **mean_and_std(sums.sum(0)[known] / counts.sum(0)[known]), **interval(sums[:, known], counts[:, known])}
 
 
-def clustered_difference(differences):
-    """Mean of paired differences, its 95 % interval, and a p value. -> {"mean", "low", "high", "p"}
+def interval(sums, counts):
+    """How sure the mean of paired differences is. -> {"low", "high"}: its 95 % interval, {"p"}
 
-    differences: for each image those of its runs. Runs of one image are not independent, so that whole images are drawn
-    in the bootstrap (percentile interval, 9,999 samples), and the Wilcoxon signed-rank test (two-sided, ties dropped)
-    takes one number an image, its mean. NaN where there are too few images. The p values are not corrected for
-    their number, and the interval tells of other images, not of other seeds.
+    sums, counts (C, R): the differences of C clusters (images, or volumes) in R pairs of runs. The mean is that of the pairs'
+    mean differences. Runs of one image are not independent, so that the bootstrap draws whole clusters (percentile
+    interval, 9,999 samples), and the Wilcoxon signed-rank test (two-sided, zeros dropped) takes one number a cluster, its
+    mean. NaN where there are too few clusters. Neither knows of other seeds, and p is not corrected for the number of tests.
     """
     from scipy import stats  # imported here: it is slow, and training does not need it
 
-    sums, counts = np.array([sum(d) for d in differences]), np.array([len(d) for d in differences])
-    low = high = p = math.nan
-    if len(sums) > 1:
-        low, high = stats.bootstrap((sums, counts), lambda s, n, axis: s.sum(axis) / n.sum(axis), paired=True, batch=1000,
-                                    method="percentile", rng=np.random.default_rng(0)).confidence_interval
-    if len(sums):
-        p = stats.wilcoxon(sums / counts).pvalue if sums.any() else 1.0
-    return {"mean": sums.sum() / counts.sum() if len(sums) else math.nan, "low": low, "high": high, "p": p}
+    if len(sums) < FEWEST:
+        return {"low": math.nan, "high": math.nan, "p": math.nan}
+    drawn = np.random.default_rng(0).integers(len(sums), size=(9999, len(sums)))
+    numbered = drawn + len(sums) * np.arange(len(drawn))[:, None]  # so that one bincount counts for every sample
+    times = np.bincount(numbered.ravel(), minlength=numbered.size).reshape(drawn.shape)  # that a cluster was drawn
+    totals = times @ counts
+    means = np.divide(times @ sums, totals, out=np.full(totals.shape, np.nan), where=totals > 0)  # of each pair of runs
+    low, high = np.percentile(np.nanmean(means, axis=1), (2.5, 97.5))
+    of_clusters = sums.sum(1) / counts.sum(1)
+    p = stats.wilcoxon(of_clusters).pvalue if of_clusters.any() else 1.0
+    return {"low": float(low), "high": float(high), "p": float(p)}
 
 
 def report(sections, layout=aligned):
@@ -405,9 +434,9 @@ def report(sections, layout=aligned):
         for split in SPLITS:
             rows = [[split.replace("_", "-"), "n", *(f"{label} ({plural(len(group), 'run')})" for label, group in groups.items())]]
             for measure, heading in MEASURES.items():
-                cells = [summary[split, measure, label] for label in groups]
+                cells = [summary[split, measure, label] for label in groups if (split, measure, label) in summary]
                 counts = [n for score in cells for n in score["n"]]
-                if max(counts) or measure not in ("nsd", "hd95"):
+                if measure not in SURFACES or any(counts):
                     span = str(max(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
                     rows.append([heading, span, *(plus_minus(score) for score in cells)])
             blocks.append(layout(rows))
@@ -415,8 +444,10 @@ def report(sections, layout=aligned):
         for first, second in dict.fromkeys(key[:2] for key in differences):
             blocks.append(layout(difference_rows(first, second, differences)))
     if any(block.differences for block in sections):
-        blocks.append("Differences are paired over images and runs (same fold and seed), with 95 % bootstrap intervals over images "
-                      "and the p of a\nWilcoxon signed-rank test of the images' mean differences, not corrected for the number of tests.")
+        blocks.append(f"""Differences are paired over images and runs of the same fold and seed: their mean ± standard deviation over pairs of runs,
+a 95 % bootstrap interval and the p of a Wilcoxon signed-rank test, both over images (LiTS: volumes) and from {FEWEST} of them on.
+These tell what other images might have shown, not other seeds: for that see the spread over runs. p is not corrected
+for the number of tests.""")
     return "\n\n".join(blocks)
 
 
@@ -428,8 +459,10 @@ def difference_rows(first, second, differences):
         cells = []
         for split in SPLITS:
             d = differences[first, second, split, measure]
-            interval = "" if math.isnan(d["low"]) else f" [{d['low']:+.3f}, {d['high']:+.3f}]"
-            cells += [f"{d['mean']:+.3f}{interval}", f"{d['p']:.2g}", str(d["images"])] if d["images"] else ["–", "–", "0"]
+            spread = "" if math.isnan(d["std"]) else f" ± {d['std']:.3f}"
+            between = "" if math.isnan(d["low"]) else f" [{d['low']:+.3f}, {d['high']:+.3f}]"
+            images = str(d["images"]) + (f" of {plural(d['clusters'], 'volume')}" if d["clusters"] < d["images"] else "")
+            cells += [f"{d['mean']:+.3f}{spread}{between}", "–" if math.isnan(d["p"]) else f"{d['p']:.2g}", images] if d["images"] else ["–", "–", "0"]
         rows.append([MEASURES[measure], *cells])
     return rows
 
@@ -453,12 +486,18 @@ def csv_rows(sections):
                    "n": score["n"][1], "mean": score["mean"], "std": score["std"], "low": "", "high": "", "p": ""}
         for (first, second, split, measure), d in differences.items():
             yield {"section": title, "split": split, "measure": measure, "method": second, "against": first, "runs": d["runs"],
-                   "n": d["images"], "mean": d["mean"], "std": "", "low": d["low"], "high": d["high"], "p": d["p"]}
+                   "n": d["images"], "mean": d["mean"], "std": d["std"], "low": d["low"], "high": d["high"], "p": d["p"]}
 
 
 def draw(found):
-    """A Section drawn: Dice against inverse area, and bars by size class and centre, and by size of lesion. -> Figure"""
+    """A Section drawn: Dice against inverse area, and bars by size class and centre, and by size of lesion. -> Figure
+
+    Raises RunError where no test image has a lesion.
+    """
     everything = [run for group in found.groups.values() for run in group]
+    sizes = {key: score.inverse_area for run in everything for key, score in run.scores.items() if math.isfinite(score.inverse_area)}
+    if not sizes:
+        raise RunError(f"{found.title}: no test image has a lesion, so there is nothing to draw")
     centres = sorted({key[:2] for run in everything for key in run.scores})
     points = {label: mean_scores(group) for label, group in found.groups.items()}
     bars = {MEASURES[measure]: {f"C{centre}" + ("\n(held out)" if split == "out_test" else ""):
@@ -467,7 +506,7 @@ def draw(found):
     bars["lesion recall"] = {heading.removeprefix("recall, "):
                              {label: [both_splits(run, measure) for run in group] for label, group in found.groups.items()}
                              for measure, heading in RECALL_BINS.items()}
-    return plots.draw_comparison(found.title, everything[0].config["tau"], points, bars)
+    return plots.draw_comparison(found.title, everything[0].config["tau"], np.array(list(sizes.values())), points, bars)
 
 
 def mean_scores(group):
@@ -498,19 +537,19 @@ def main(arguments=None):
     """The command line. -> exit code: 0, or 2 for an error (one line on stderr)"""
     parser = argparse.ArgumentParser(prog="metrics.py", description="Compare finished runs: methods side by side, and their paired differences.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
-    parser.add_argument("--checkpoint", default="best", help="which checkpoint's results: best (default), best_small")
+    parser.add_argument("--checkpoint", default="", help="which checkpoint's results: best (default), best_small")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--markdown", action="store_true", help="print Markdown tables")
     how.add_argument("--csv", action="store_true", help="print all numbers as CSV")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the comparison, as .png, .pdf or .svg")
     options = parser.parse_args(arguments)
     try:
-        if options.plot and options.plot.suffix not in (".png", ".pdf", ".svg"):
+        if options.plot and options.plot.suffix.lower() not in (".png", ".pdf", ".svg"):
             raise RunError(f"--plot {options.plot}: must end in .png, .pdf or .svg")
         sections = compare(options.runs, options.checkpoint)
         if options.plot and len(sections) > 1:
             raise RunError("--plot draws one data set and network at a time: " + "; ".join(found.title for found in sections))
-        print(runs.to_csv(list(csv_rows(sections))) if options.csv else report(sections, markdown if options.markdown else aligned))
+        print(runs.to_csv(list(csv_rows(sections))).rstrip() if options.csv else report(sections, markdown if options.markdown else aligned))
         if options.plot:
             runs.write(options.plot, draw(sections[0]))
     except (RunError, OSError) as error:

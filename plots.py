@@ -101,15 +101,15 @@ def draw_anatomy(image, anatomy, reconstruction, title):
     return figure
 
 
-def draw_comparison(title, tau, points, bars):
+def draw_comparison(title, tau, sizes, points, bars):
     """Methods side by side: Dice of every test image against its size, and means by size class, centre and lesion. -> Figure
 
-    points: {method: (inverse areas (n,), Dice (n,))}, the same images for all methods;
-    bars: three {measure: {group: {method: [(mean, count) of each run]}}}.
+    sizes: inverse areas of all test images with a lesion; points: {method: (inverse areas (n,), Dice (n,))} of those that its
+    runs were tested on; bars: three {measure: {group: {method: [(mean, count) of each run]}}}.
     """
     figure, grid = new_figure(title, 3, 2, (13, 9.5), width_ratios=(3, 2), height_ratios=(4, 1, 4))
     draw_sizes(grid[0, 0], tau, points)
-    draw_counts(grid[1, 0], grid[0, 0], next(iter(points.values()))[0])
+    draw_counts(grid[1, 0], grid[0, 0], sizes)
     for place in grid[0:2, 1]:
         place.remove()
     places = figure.add_subplot(grid[0, 0].get_gridspec()[0:2, 1]), *grid[2]

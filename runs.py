@@ -31,11 +31,12 @@ def run_name(config):
 
 
 def is_complete(folder, config):
-    """Whether this very run, all its rounds, has its results in the folder. Raises RunError for another run's."""
+    """Whether a run with this configuration has all its results in the folder. Raises RunError for another run's."""
     path = folder / "results.json"
-    if not path.exists():
+    if not (path.exists() and (folder / "scores.csv").exists()):
         return False
-    return check_same(path, {"config": asdict(config)})["config"]["rounds"] == config.rounds
+    earlier = check_same(path, {"config": asdict(config)})["config"]
+    return all(earlier.get(name) == getattr(config, name) for name in ("rounds", "nsd_tolerance"))
 
 
 def check_folder(folder, record, resume):
@@ -45,8 +46,13 @@ def check_folder(folder, record, resume):
         check_same(path, record)
         if not (folder / "resume.pt").exists() and (folder / "results.json").exists():
             raise RunError(f"{folder / 'resume.pt'} is missing, so its run cannot go on: choose another --out")
-    elif folder.exists() and any(item != path and not is_temporary(item) for item in folder.iterdir()):
-        hint = "continue its run with --resume, or " if path.exists() and not resume else ""
+    else:
+        check_empty(folder, "continue its run with --resume, or " if path.exists() else "")
+
+
+def check_empty(folder, hint=""):
+    """Raise RunError where there is something in the folder that its run would have to be asked about."""
+    if folder.exists() and any(item.name != "config.json" and not is_temporary(item) for item in folder.iterdir()):
         raise RunError(f"{folder} is not empty: {hint}choose another --out")
 
 
@@ -55,10 +61,10 @@ def check_same(path, record):
     try:
         earlier, record = json.loads(path.read_text()), json.loads(to_json(record))
         pairs = {name: (earlier[part][name], value) for part in ("config", "data") if part in record
-                 for name, value in record[part].items()}
+                 for name, value in record[part].items() if name not in FREE_ON_RESUME}
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is damaged ({error!r}): choose another --out") from error
-    changed = [f"{name} {old}, now {new}" for name, (old, new) in pairs.items() if old != new and name not in FREE_ON_RESUME]
+    changed = [f"{name} {old}, now {new}" for name, (old, new) in pairs.items() if old != new]
     if changed:
         raise RunError(f"{path.parent} holds another run ({', '.join(changed)}): give its options, or choose another --out")
     return earlier
@@ -118,14 +124,17 @@ def metadata(state, path):
     """
     if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
         raise RunError(f"{path} is no network's state dict (best.pt, best_small.pt and last.pt of a run are)")
-    about = getattr(state, "_metadata", {}).get("fedgs", {})
+    about = getattr(state, "_metadata", {})
+    about = about.get("fedgs", {}) if isinstance(about, dict) else about
     if about and not (isinstance(about, dict) and isinstance(about.get("config"), dict) and isinstance(about.get("data"), str)):
         raise RunError(f"{path}: its configuration is damaged")
     return about
 
 
 def load_weights(network, state, path):
-    """Load the state dict that was read from path. Raises RunError for the weights of another network."""
+    """Load the state dict that was read from path. Raises RunError for another network's weights, and for ones not finite."""
+    if bad := [name for name, x in state.items() if not x.isfinite().all()]:
+        raise RunError(f"{path} holds weights that are not finite ({bad[0]})")
     try:
         network.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -138,7 +147,7 @@ def write(path, content):
     if isinstance(content, str):
         file.write(content.encode())
     elif hasattr(content, "savefig"):
-        content.savefig(file, format=path.suffix[1:], dpi=130)
+        content.savefig(file, format=path.suffix[1:].lower(), dpi=130)
     else:
         torch.save(content, file)
     temporary = path.with_name(f".{path.name}.tmp")

@@ -25,19 +25,21 @@ class Case:
 
 
 def make_run(folder, cases, data="PolypGen", **config):
-    """Write the files of a finished run with these Cases as its test images. -> folder as text"""
+    """Write the files of a finished run with these Cases as its test images, all missed by best_small. -> folder as text"""
     folder.mkdir()
-    means = {split: {} for split in metrics.SPLITS}
-    for split in metrics.SPLITS:
-        scores = [metrics.Score(c.inverse_area, c.small, c.dice, c.dice / 2) for c in cases if c.split == split]
-        for measure in metrics.MEASURES:
-            values = [x for x in (s.of(measure) for s in scores) if x is not None] if measure in metrics.PAIRED else []
-            means[split][measure] = {"mean": float(np.mean(values)) if values else None, "n": len(values)}
-    results = {"data": data, "config": {**CONFIG, **config}, "checkpoints": {"best": means, "best_small": means}}
+    checkpoints, rows = {}, []
+    for checkpoint, factor in (("best", 1), ("best_small", 0)):
+        rows += [{"checkpoint": checkpoint, "split": c.split, "centre": c.centre, "name": c.name, "inverse_area": c.inverse_area,
+                  "small": int(c.small), "dice": c.dice * factor, "lesion_dice": c.dice * factor / 2, "data": data} for c in cases]
+        checkpoints[checkpoint] = {split: {} for split in metrics.SPLITS}
+        for split, means in checkpoints[checkpoint].items():
+            scores = [metrics.Score(c.inverse_area, c.small, c.dice * factor, c.dice * factor / 2) for c in cases if c.split == split]
+            for measure in metrics.MEASURES:
+                values = [x for x in (s.of(measure) for s in scores) if x is not None] if measure in metrics.PAIRED else []
+                means[measure] = {"mean": float(np.mean(values)) if values else None, "n": len(values)}
+            means["recall_0_50"] = {"mean": 0.5, "n": 2} if split == "in_test" else {"mean": 0.9, "n": 6}
+    results = {"data": data, "config": {**CONFIG, **config}, "checkpoints": checkpoints}
     (folder / "results.json").write_text(json.dumps(results))
-    rows = [{"checkpoint": checkpoint, "split": c.split, "centre": c.centre, "name": c.name, "inverse_area": c.inverse_area,
-             "small": int(c.small), "dice": c.dice, "lesion_dice": c.dice / 2, "data": data}
-            for checkpoint in ("best", "best_small") for c in cases]
     with (folder / "scores.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -72,13 +74,16 @@ def test_means_over_runs(pair_of_methods):
     assert (score["mean"], score["n"]) == (pytest.approx(0.65), (3, 3))
     assert section.summary["out_test", "dice_s", "fedgs"]["runs"] == 0  # nothing there is small
     assert math.isnan(section.summary["out_test", "dice_s", "fedgs"]["mean"])
+    [section] = metrics.compare(pair_of_methods, "best_small")
+    assert section.summary["in_test", "dice", "fedgs"]["mean"] == 0 and "best_small" in section.title
 
 
 def test_differences_are_paired_by_image_and_run(pair_of_methods):
     [section] = metrics.compare(pair_of_methods)
     difference = section.differences["fedavg", "fedgs", "in_test", "dice_s"]  # image a: 0.2 - 0.1 and 0.5 - 0.3
     assert difference["mean"] == pytest.approx(0.15) and (difference["images"], difference["runs"]) == (1, 2)
-    assert math.isnan(difference["low"]) and difference["p"] == 1  # one image decides nothing
+    assert difference["std"] == pytest.approx(0.1 / math.sqrt(2))  # of 0.1 and 0.2
+    assert math.isnan(difference["low"]) and math.isnan(difference["p"])  # one image decides nothing
     difference = section.differences["fedavg", "fedgs", "in_test", "dice"]
     # image b: 0.6 - 0.5 and 0.6 - 0.7; c: 1 - 1 and 1 - 0: the images' means are 0.15, 0 and 0.5
     assert difference["mean"] == pytest.approx((0.15 + 0 + 0.5) / 3) and difference["images"] == 3
@@ -96,19 +101,55 @@ def test_only_runs_of_the_same_fold_and_seed_are_paired(tmp_path, pair_of_method
     assert "0 pairs of runs" in metrics.report([section])
 
 
+def test_folds_count_alike_in_both_tables(tmp_path):
+    """A fold with 2 images and one with 12, and seeds of one fold only: the difference is that of the means over runs."""
+    runs = []
+    for fold, seed, count, gain in ((1, 0, 2, 0.4), (2, 0, 12, -0.08), (2, 1, 12, 0.02)):
+        for method in ("fedavg", "fedgs"):
+            those = [Case(f"{fold}-{i}", 0.5 + (gain if method == "fedgs" else 0), 200.0, True) for i in range(count)]
+            outside = Case("out", 0.5, split="out_test", centre=6)
+            runs.append(make_run(tmp_path / f"{method}{fold}{seed}", [*those, outside], method=method, fold=fold, seed=seed))
+    [section] = metrics.compare(runs)
+    means = [section.summary["in_test", "dice_s", label]["mean"] for label in ("fedavg", "fedgs")]
+    difference = section.differences["fedavg", "fedgs", "in_test", "dice_s"]
+    assert difference["mean"] == pytest.approx((0.4 - 0.08 + 0.02) / 3) == pytest.approx(means[1] - means[0])
+    assert difference["images"] == 14 and section.summary["in_test", "dice_s", "fedgs"]["n"] == (2, 12)
+    assert "2 to 12" in metrics.report([section])
+
+
+def test_slices_of_a_volume_are_one_cluster(tmp_path):
+    rng = np.random.default_rng(7)
+    gains = {f"volume-{v}_slice-{k}": gain for v in range(12) for gain in [rng.normal()] for k in range(5)}
+    slices, volumes = ([0.1 * gains[f"volume-{v}_slice-{k}"] for v in range(12) for k in range(count)] for count in (5, 1))
+    runs = [make_run(tmp_path / method, [Case(name, 0.5 + sign * 0.1 * gain) for name, gain in gains.items()], "LiTS", dataset="lits", method=method)
+            for method, sign in (("fedavg", 0), ("fedgs", 1))]
+    [section] = metrics.compare(runs)
+    difference = section.differences["fedavg", "fedgs", "in_test", "dice"]
+    assert (difference["images"], difference["clusters"]) == (60, 12) and "60 of 12 volumes" in metrics.report([section])
+    expected = clustered([[d] for d in volumes])  # equal slices tell no more than one
+    assert {name: difference[name] for name in ("low", "high", "p")} == pytest.approx(expected)
+    assert expected["high"] - expected["low"] > 1.5 * np.ptp([clustered([[d] for d in slices])[name] for name in ("low", "high")])
+
+
+def clustered(differences):
+    """metrics.interval of images, each with a list of its differences, one for each run."""
+    sums = np.array(differences, dtype=float)
+    return metrics.interval(sums, np.ones_like(sums))
+
+
 def test_interval_and_p_are_scipys():
     """One run: the plain paired bootstrap of the mean and Wilcoxon's test, zeros among the differences."""
     differences = np.random.default_rng(3).normal(0.05, 0.1, 40).round(2)
-    found = metrics.clustered_difference([[d] for d in differences])
+    found = clustered([[d] for d in differences])
     interval = stats.bootstrap((differences,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
-    assert (found["low"], found["high"]) == pytest.approx(tuple(interval), abs=1e-12)
-    assert found["p"] == stats.wilcoxon(differences).pvalue and found["mean"] == pytest.approx(differences.mean())
+    assert (found["low"], found["high"]) == pytest.approx(tuple(interval), abs=1e-3)
+    assert found["p"] == stats.wilcoxon(differences).pvalue
 
 
 def test_more_seeds_of_the_same_images_are_no_more_images():
     """Four equal runs of each image: interval and p stay as they are for one."""
     differences = np.random.default_rng(4).normal(0.05, 0.1, 30)
-    one, four = (metrics.clustered_difference([[d] * runs for d in differences]) for runs in (1, 4))
+    one, four = (clustered([[d] * runs for d in differences]) for runs in (1, 4))
     assert one == pytest.approx(four)
 
 
@@ -120,20 +161,21 @@ def simulated(rng, effect, images=60, runs=3):
 
 def test_intervals_cover_the_truth_in_about_95_of_100_cases():
     rng = np.random.default_rng(5)
-    found = [metrics.clustered_difference(simulated(rng, 0.0)) for _ in range(200)]
+    found = [clustered(simulated(rng, 0.0)) for _ in range(200)]
     covering = np.mean([d["low"] <= 0 <= d["high"] for d in found])
     assert 0.91 <= covering <= 0.985  # two and a half standard deviations of 200 cases around 0.95
     assert 0.015 <= np.mean([d["p"] < 0.05 for d in found]) <= 0.09
 
 
 def test_a_difference_is_found():
-    found = metrics.clustered_difference(simulated(np.random.default_rng(6), 0.1))
+    found = clustered(simulated(np.random.default_rng(6), 0.1))
     assert 0.05 < found["low"] < 0.1 < found["high"] < 0.15 and found["p"] < 1e-6
 
 
 def test_equal_runs():
-    assert metrics.clustered_difference([[0.0]] * 5) == {"mean": 0, "low": 0, "high": 0, "p": 1}
-    assert all(map(math.isnan, metrics.clustered_difference([]).values()))
+    assert clustered([[0.0]] * 10) == {"low": 0, "high": 0, "p": 1}
+    assert math.isnan(clustered([[0.1]] * 9)["low"])  # too few images for an interval
+    assert all(map(math.isnan, metrics.interval(np.zeros((0, 1)), np.zeros((0, 1))).values()))
 
 
 # -------------------------------------------------------------------------------------------- what is compared
@@ -144,6 +186,27 @@ def test_the_control_is_a_group_of_its_own(tmp_path, pair_of_methods):
     [section] = metrics.compare([*pair_of_methods, control])
     assert list(section.groups) == ["fedavg, server_lr 1.0", "fedavg, server_lr 1.12", "fedgs, server_lr 1.0"]
     assert len({key[:2] for key in section.differences}) == 3
+
+
+def test_options_that_make_groups_and_those_that_do_not(tmp_path, pair_of_methods):
+    other = make_run(tmp_path / "more", cases(0.1, 0.5, 1.0, 0.6), rounds=9, nsd_tolerance=2.0, device="cuda", later_option=3)
+    for runs in ([*pair_of_methods, other], [other, *pair_of_methods]):
+        [section] = metrics.compare(runs)
+        assert set(section.groups) == {"fedavg, rounds 2, later_option None", "fedgs, rounds 2, later_option None",
+                                       "fedgs, rounds 9, later_option 3"}
+        assert "NSD" not in metrics.report([section]).partition("NSD:")[0]  # at different tolerances it is not comparable
+
+
+def test_checkpoints_of_unknown_training(tmp_path):
+    """What --evaluate writes for published checkpoints: one checkpoint of its own name, method unknown."""
+    runs = []
+    for name in ("theirs", "ours"):
+        runs.append(make_run(tmp_path / name, cases(0.1, 0.5, 1.0, 0.6), method="unknown"))
+        for file in ("results.json", "scores.csv"):
+            text = (tmp_path / name / file).read_text().replace("best_small", "other")
+            (tmp_path / name / file).write_text(text.replace("best", f"{name}_model"))
+    [section] = metrics.compare(runs)
+    assert set(section.groups) == {"theirs", "ours"} and "theirs_model and ours_model" in section.title
 
 
 def test_networks_are_sections_of_their_own(tmp_path, pair_of_methods):
@@ -191,18 +254,22 @@ def test_folders_without_a_finished_run(tmp_path, capsys, pair_of_methods):
     refused(capsys, [tmp_path], "results.json is missing", "--resume")
     refused(capsys, [*pair_of_methods, "--checkpoint", "last"], "no results of checkpoint last", "best, best_small")
     folder = tmp_path / "g0"
-    for name, damage in (("scores.csv", "checkpoint,split\nbest,in_test\n"), ("scores.csv", ""), ("results.json", "{"), ("results.json", "[]")):
-        whole = (folder / name).read_text()
+    scores, results = ((folder / name).read_text() for name in ("scores.csv", "results.json"))
+    for name, damage in (("scores.csv", "checkpoint,split\nbest,in_test\n"), ("scores.csv", ""), ("results.json", "{"), ("results.json", "[]"),
+                         ("scores.csv", scores + scores.splitlines()[1].replace(",a,", ",aa,")), ("scores.csv", scores.replace("0.2", "0.3")),
+                         ("scores.csv", scores.replace("0.2", "good")), ("results.json", results.replace('"fold": 1', '"fold": [1]')),
+                         ("results.json", results.replace('"image_size"', '"size"')), ("results.json", results.replace('"mean": 0.4', '"mean": null'))):
+        assert damage not in (scores, results)
         (folder / name).write_text(damage)
         refused(capsys, pair_of_methods, str(folder), "damaged")
-        (folder / name).write_text(whole)
-    (folder / "scores.csv").write_text((folder / "scores.csv").read_text().replace("0.2", "good"))
-    refused(capsys, pair_of_methods, str(folder), "damaged", "good")
+        (folder / name).write_text(scores if name == "scores.csv" else results)
     (folder / "scores.csv").unlink()
     refused(capsys, pair_of_methods, "scores.csv is missing")
 
 
-def test_one_picture_at_a_time(tmp_path, capsys, pair_of_methods):
+def test_what_cannot_be_drawn(tmp_path, capsys, pair_of_methods):
+    empty = make_run(tmp_path / "empty", [Case("c", 1.0, math.inf), Case("d", 1.0, math.inf, split="out_test", centre=6)])
+    assert metrics.main([empty, "--plot", str(tmp_path / "x.png")]) == 2 and "nothing to draw" in capsys.readouterr().err
     other = make_run(tmp_path / "sd", cases(0.1, 0.5, 1.0, 0.6), model="sd-utnet")
     refused(capsys, [*pair_of_methods, other, "--plot", tmp_path / "x.png"], "one data set and network")
     refused(capsys, [*pair_of_methods, "--plot", tmp_path / "x.bmp"], "x.bmp", ".png, .pdf or .svg")
@@ -218,7 +285,8 @@ def test_tables_and_picture(tmp_path, capsys):
     assert metrics.main([*runs, "--plot", str(tmp_path / "comparison.png")]) == 0
     text = capsys.readouterr().out
     assert text.startswith("PolypGen stand-in, utnet, checkpoint best") and "fedgs - fedavg (1 pair of runs)" in text
-    assert "+0.067 [+0.000, +0.100]" in text and "NSD" not in text
+    assert "+0.067 " in text and "[" not in text and "NSD" not in text  # three images are too few for an interval
+    assert "not other seeds" in text and "not corrected" in text
     with Image.open(tmp_path / "comparison.png") as image:
         assert min(image.size) > 800
     assert metrics.main([*runs, "--markdown"]) == 0
@@ -240,6 +308,10 @@ def test_picture_shows_its_numbers(pair_of_methods):
     assert ticks == ["C1\nn = 1", "C6\n(held out)\nn = 1"]
     heights = [bar.get_height() for bar in panels["Dice_L"].patches]
     assert heights == pytest.approx([0.6, 0.6, 0.6, 0.5])  # FedAvg: C1 (0.5 + 0.7) / 2, C6; FedGS: C1, C6
+    assert len({round(bar.get_x(), 6) for bar in panels["Dice_L"].patches}) == 4
+    assert [bar.get_height() for bar in panels["lesion recall"].patches][0] == pytest.approx((2 * 0.5 + 6 * 0.9) / 8)
+    lines = panels["every test image with a lesion, mean of its runs"].lines
+    assert any(line.get_label() == "τ = 150" and set(line.get_xdata()) == {150} for line in lines)
     points = panels["every test image with a lesion, mean of its runs"].collections[0].get_offsets()
     assert sorted(map(tuple, points.tolist())) == [(20, pytest.approx(0.6)), (20, pytest.approx(0.6)), (200, pytest.approx(0.2))]
     counts = next(axes for axes in figure.axes if axes.get_ylabel() == "images")

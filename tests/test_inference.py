@@ -1,5 +1,6 @@
 """--predict and --evaluate: masks of one's own images and volumes, and tables of a checkpoint that is here already."""
 
+import csv
 import json
 import os
 
@@ -12,6 +13,7 @@ from PIL import Image
 import data
 import fedgs
 import inference
+import metrics
 import runs
 from conftest import SHARED
 from models import SDUTNet, UTNet
@@ -21,7 +23,7 @@ PUBLISHED = ["--image-size", "32", "--width", "2"]  # what the bare state dicts 
 
 def save_checkpoint(path, **options):
     """A checkpoint of an untrained network, as a run would leave it. -> path"""
-    config = fedgs.Config(**{"image_size": 32, "width": 2, "data_root": "stand-in", "centres": (4, 6), **options})
+    config = fedgs.Config(**{"image_size": 32, "width": 2, "centres": (4, 6), **options})
     runs.write(path, fedgs.checkpoint(fedgs.build_network(config), config, "PolypGen stand-in", 7))
     return path
 
@@ -100,6 +102,13 @@ def test_images_through_the_command_line(tmp_path, capsys, model):
             with Image.open(tmp_path / "out" / f"{name}_{kind}.png") as image:
                 assert image.size == size
     assert "trained on PolypGen stand-in" in capsys.readouterr().out
+    network, _, _ = fedgs.open_checkpoint(checkpoint, {})
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / "noise.png")  # of the network's size
+    assert main("--predict", folder / "noise.png", "--checkpoint", checkpoint, "--out", tmp_path / "out") == 0
+    pixels = torch.from_numpy(np.array(Image.open(folder / "noise.png"))).permute(2, 0, 1)[None]
+    expected = fedgs.predict(network, pixels)[0, 0].numpy()
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "noise_mask.png")) > 0, expected)
 
 
 def test_prediction_at_the_networks_size_is_that_of_the_test(generator):
@@ -119,6 +128,12 @@ def test_one_bad_file_among_good_ones(tmp_path, capsys, checkpoint):
     code = main("--predict", good, bad, last, "--checkpoint", checkpoint, "--out", tmp_path / "out")
     refused(capsys, code, "cannot read", "b.png", "2 of 3 files")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{name}_{kind}.png" for name in "ac" for kind in ("mask", "overlay")}
+
+
+def test_pixels_that_would_be_cut_off_are_refused(tmp_path, capsys, checkpoint):
+    Image.fromarray(np.full((40, 40), 30000, np.uint16)).save(tmp_path / "deep.png")
+    code = main("--predict", tmp_path / "deep.png", "--checkpoint", checkpoint, "--out", tmp_path / "out")
+    refused(capsys, code, "deep.png", "I;16", "8 bits")
 
 
 def test_what_cannot_be_predicted(tmp_path, capsys, checkpoint, ct_checkpoint):
@@ -165,6 +180,13 @@ def test_mask_of_a_volume(tmp_path, suffix, kind):
     assert mask.get_data_dtype() == np.uint8 and b"LiTS stand-in" in mask.header["descrip"].tobytes()
     grey = np.round((np.clip(volume.get_fdata(), -200, 200) + 200) / 400 * 255)
     assert np.array_equal(np.asarray(mask.dataobj), grey > 127)
+
+
+def test_upper_case_suffix(tmp_path):
+    nibabel.Nifti1Image(np.zeros((16, 16, 3), np.int16), np.eye(4)).to_filename(tmp_path / "a.nii.gz")
+    inputs = inference.find_inputs([(tmp_path / "a.nii.gz").rename(tmp_path / "A.NII.GZ")], "lits")
+    assert inference.segment_files(bright, inputs, tmp_path / "out", "lits", 16, "") == []
+    assert (tmp_path / "out" / "A_mask.nii.gz").exists()
 
 
 def test_volumes_through_the_command_line(tmp_path, ct_checkpoint, capsys):
@@ -224,7 +246,7 @@ def test_published_checkpoints(tmp_path, capsys):
 
 def test_options_that_contradict_a_checkpoint(tmp_path, capsys, checkpoint):
     for options, words in ((["--width", 4], ["--width 4", "trained with 2"]), (["--model", "sd-utnet"], ["trained with utnet"]),
-                           (["--folds", 1, 2], ["one method, fold and seed"]), (["--centres", 4, 5, 6], ["trained with 4 6"])):
+                           (["--folds", 1, 2], ["one method, fold and seed"]), (["--fold", 2], ["--fold 2", "trained with 1"])):
         refused(capsys, main("--evaluate", "--checkpoint", checkpoint, *options), *words)
     assert main("--evaluate", "--checkpoint", checkpoint, "--width", 2, "--kernels", "torch") == 0
 
@@ -244,12 +266,18 @@ def test_files_that_are_no_checkpoints(tmp_path, capsys, monkeypatch):
     torch.save(torch.ones(2), tmp_path / "tensor.pt")
     refused(capsys, main("--evaluate", "--checkpoint", "tensor.pt"), "tensor.pt is no network's state dict")
     refused(capsys, main("--evaluate", "--checkpoint", "none.pt"), "none.pt is missing")
+    torch.save({name: x * torch.nan for name, x in UTNet(width=2).state_dict().items()}, tmp_path / "nan.pt")
+    refused(capsys, main("--evaluate", "--checkpoint", "nan.pt", *PUBLISHED), "nan.pt", "not finite")
 
 
-@pytest.mark.parametrize("damage", ["text", {"config": 3}, {"config": {"width": "wide"}, "data": "PolypGen"}, {"data": "PolypGen"}])
+@pytest.mark.parametrize("damage", ["text", {"config": 3}, {"data": "PolypGen"}, {"width": "wide"}, {"width": [2]}, {"model": "vit"},
+                                    {"dataset": "kvasir"}, {"centres": [[4], 6]}, {"fold": 9}])
 def test_damaged_configuration(tmp_path, capsys, checkpoint, damage):
     state = torch.load(checkpoint, weights_only=True)
-    state._metadata["fedgs"] = damage
+    if isinstance(damage, dict) and not {"config", "data"} & damage.keys():
+        state._metadata["fedgs"]["config"].update(damage)
+    else:
+        state._metadata["fedgs"] = damage
     torch.save(state, checkpoint)
     refused(capsys, main("--evaluate", "--checkpoint", checkpoint), "best.pt", "configuration is damaged")
 
@@ -260,7 +288,7 @@ def test_damaged_configuration(tmp_path, capsys, checkpoint, damage):
 def test_evaluate(tmp_path, capsys, checkpoint):
     """The tables of the network's own predictions, and files like those of a run."""
     out = tmp_path / "out"
-    assert main("--evaluate", "--checkpoint", checkpoint, "--out", out, "--nsd-tolerance", 1.5) == 0
+    assert main("--evaluate", "--checkpoint", checkpoint, "--out", out, "--nsd-tolerance", 1.5, "--data-root", "stand-in") == 0
     text = capsys.readouterr().out
     assert "best (round 7)" in text and "on PolypGen stand-in" in text and "NSD: within 1.5 pixels" in text
     assert {path.name for path in out.iterdir()} == {"results.json", "scores.csv", "lesions.csv", "predictions.png"}
@@ -269,7 +297,11 @@ def test_evaluate(tmp_path, capsys, checkpoint):
     federation = fedgs.load_data(config, None)
     expected = fedgs.evaluate(network, federation.out_test)
     assert results["checkpoints"]["best"]["out_test"]["dice_n"]["mean"] == pytest.approx(expected.dice[federation.out_test.inverse_area.isfinite()].mean().item())
-    refused(capsys, main("--evaluate", "--checkpoint", checkpoint, "--out", out), "not empty")
+    with (out / "scores.csv").open(newline="") as file:
+        [first, *_] = [row for row in csv.DictReader(file) if row["split"] == "out_test"]
+    pair = expected.predicted[0, 0].numpy(), federation.out_test.masks[0, 0].bool().numpy()
+    assert (float(first["nsd"]), float(first["hd95"])) == pytest.approx(metrics.surface_measures(*pair, (1, 1), 1.5))
+    refused(capsys, main("--evaluate", "--checkpoint", checkpoint, "--out", out), "not empty: choose another --out")
     assert main("--evaluate", "--checkpoint", checkpoint) == 0  # no files without --out
 
 

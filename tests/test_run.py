@@ -251,19 +251,19 @@ def test_more_rounds_with_resume(finished, tmp_path):
 
 def test_grid_interrupted_and_resumed(tmp_path, capsys, monkeypatch):
     """Two methods, two seeds, one command: stopped in its third run, resumed, and ended by the right table."""
-    options = ["--method", "fedavg", "fedgs", "--seeds", 0, 1, "--rounds", 1]
+    options = ["--method", "fedavg", "fedgs", "--seeds", 0, 1]
     names = [f"polypgen-{method}-utnet-f1-s{seed}" for seed in (0, 1) for method in ("fedavg", "fedgs")]
     whole = runs.save_progress
 
-    def failing(folder, *rest):
-        if folder.name == names[2]:
+    def failing(folder, weights, server, history, *rest):
+        if folder.name == names[2] and len(history) == 2:
             raise KeyboardInterrupt
-        whole(folder, *rest)
+        whole(folder, weights, server, history, *rest)
 
     monkeypatch.setattr(runs, "save_progress", failing)
     assert run(tmp_path, *options) == 130
     monkeypatch.setattr(runs, "save_progress", whole)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[:3])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[:3]) and (tmp_path / names[2] / "resume.pt").exists()
     before = {path: path.stat().st_mtime_ns for name in names[:2] for path in (tmp_path / name).iterdir()}
     capsys.readouterr()
     assert run(tmp_path, *options, "--resume") == 0
@@ -282,7 +282,36 @@ def test_grid_interrupted_and_resumed(tmp_path, capsys, monkeypatch):
 
     assert run(tmp_path, *options) == 0 and capsys.readouterr().out.count("is complete") == 4  # nothing is left to do
     refused(capsys, run(tmp_path, *options, "--lr", 0.5), names[0], "another run", "lr 0.001, now 0.5")
-    refused(capsys, run(tmp_path, *options[:-1], 2), names[0], "not empty", "--resume")
+    refused(capsys, run(tmp_path, *options, "--rounds", 3), names[0], "not empty", "--resume")
+    (tmp_path / names[3] / "results.json").unlink()
+    refused(capsys, run(tmp_path, *options, "--resume", "--lr", 0.5), names[0], "another run")
+    real = fedgs.data.stand_in_images
+    monkeypatch.setattr(fedgs.data, "stand_in_images", lambda *which: brighter(real(*which)))
+    refused(capsys, run(tmp_path, *options, "--resume"), "4 of 4 runs failed", names[0], "another run", "fingerprint")
+
+
+def brighter(images):
+    images.images = images.images | 1
+    return images
+
+
+def test_grid_goes_on_after_a_run_that_fails(tmp_path, capsys, monkeypatch):
+    whole = fedgs.run
+    monkeypatch.setattr(fedgs, "run", lambda config, *rest: whole(config, *rest) if config.method == "fedgs" else fail())
+
+    def fail():
+        raise fedgs.RunError("round 1 was not applied")
+
+    refused(capsys, run(tmp_path, "--method", "fedavg", "fedgs", "--rounds", 1), "1 of 2 runs failed", "polypgen-fedavg", "not applied")
+    assert (tmp_path / "polypgen-fedgs-utnet-f1-s0" / "results.json").exists()
+
+
+def test_options_added_later_do_not_keep_a_run_from_going_on(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    del record["config"]["nsd_tolerance"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record))
+    assert run(tmp_path / "run", "--resume") == 0
 
 
 def test_grid_refuses_before_it_begins(tmp_path, capsys):
