@@ -5,6 +5,7 @@ They run at tiny settings; FEDGS_NOTEBOOKS=full runs them as they are stored.
 
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -12,19 +13,31 @@ from conftest import ROOT
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
+manager = pytest.importorskip("jupyter_client.manager")
 pytest.importorskip("ipykernel")
 
 NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def settings():
-    """Small sizes, and one thread, which tiny networks are quickest with."""
-    with pytest.MonkeyPatch.context() as patch:
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """{name: the notebook's future}: two run at a time, each with one thread, which tiny networks are quickest with."""
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
         if os.environ.get("FEDGS_NOTEBOOKS") != "full":
             patch.setenv("FEDGS_TINY", "1")
         patch.setenv("OMP_NUM_THREADS", "1")
-        yield
+        yield {name: pool.submit(execute, name, tmp_path_factory.mktemp("kernel")) for name in NOTEBOOKS}
+        pool.shutdown(cancel_futures=True)
+
+
+def execute(name, folder):
+    """Run a notebook from top to bottom. -> the notebook with its outputs; raises where a cell does"""
+    notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
+    # by files where there are such sockets: kernels that start at the same time may choose the same port
+    how = {"transport": "ipc", "ip": str(folder / "socket")} if os.name == "posix" else {}
+    kernel = manager.AsyncKernelManager(kernel_name="python3", **how)
+    nbclient.NotebookClient(notebook, km=kernel, timeout=300, resources={"metadata": {"path": ROOT / "notebooks"}}).execute()
+    return notebook
 
 
 def test_all_are_here():
@@ -32,11 +45,9 @@ def test_all_are_here():
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_notebook_runs(name):
-    notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
-    folder = {"metadata": {"path": ROOT / "notebooks"}}
-    nbclient.NotebookClient(notebook, kernel_name="python3", timeout=300, resources=folder).execute()
-    assert not [output for cell in notebook.cells for output in cell.get("outputs", []) if output.get("name") == "stderr"]
+def test_notebook_runs(name, executed):
+    outputs = [output for cell in executed[name].result().cells for output in cell.get("outputs", [])]
+    assert outputs and not [output for output in outputs if output.get("name") == "stderr"]
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
