@@ -392,8 +392,9 @@ class Server:
 def run(config, why="as given", federation=None):
     """A whole run: train round by round, keep everything in the run's folder, test, draw. -> content of results.json
 
-    why: the reason for the preset, for the header; federation: its data, where they are loaded already. Raises RunError or data.DataError where the configuration, the
-    data or the folder cannot be used, before anything is written, and for a round that is refused.
+    why: the reason for the preset, for the header; federation: its data, where they are loaded already. Raises RunError or
+    data.DataError where the configuration, the data or the folder cannot be used, before anything is written, and for a
+    round that is refused.
     """
     check(config)
     device = choose_device(config)
@@ -613,12 +614,13 @@ def open_checkpoint(path, given):
     about = runs.metadata(state, path)
     if about:
         free = runs.FREE_ON_RESUME | {"centres", "out_centre"}  # these say where, and on what, it is used
-        trained = {f.name: about["config"][f.name] for f in fields(Config) if f.name in about["config"].keys() - runs.FREE_ON_RESUME}
-        if not all(is_plausible(f, trained[f.name]) for f in fields(Config) if f.name in trained):
+        known = [f for f in fields(Config) if f.name in about["config"].keys() - runs.FREE_ON_RESUME]
+        trained = {f.name: about["config"][f.name] for f in known}
+        if not all(is_plausible(f, trained[f.name]) for f in known):
             raise RunError(f"{path}: its configuration is damaged")
         for name, value in given.items():
-            if name not in free and shown(value) != shown(trained.get(name)):
-                raise RunError(f"--{name.replace('_', '-')} {shown(value)}: {path} was trained with {shown(trained.get(name)) or 'another'}")
+            if name not in free and shown(value) != (old := shown(trained.get(name, "another"))):
+                raise RunError(f"--{name.replace('_', '-')} {shown(value)}: {path} was trained with {old}")
         config = Config(**{**trained, **given})
     else:
         config, _ = configure({"preset": "paper", "method": "unknown", **given})
@@ -643,10 +645,12 @@ def evaluate_checkpoint(path, given):
         runs.check_empty(Path(config.out))
     root = data.find(config.dataset, config.data_root)
     federation = load_data(config, root)
-    print(f"testing {path} on {federation.source}, " + (f"in {root}" if root else "drawn images (--data-root names real ones)"), flush=True)
+    where = f"in {root}" if root else "drawn images (--data-root names real ones)"
+    print(f"testing {path} on {federation.source}, {where}", flush=True)
     if trained not in (None, federation.source):
         federation.source += f" (trained on {trained})"
-    results, files = test(network, federation, config, {path.stem: path}, f"{path.name}: {describe_model(config)} on {federation.source}")
+    title = f"{path.name}: {describe_model(config)} on {federation.source}"
+    results, files = test(network, federation, config, {path.stem: path}, title)
     if config.out:
         Path(config.out).mkdir(parents=True, exist_ok=True)
         for name, content in {**files, "results.json": runs.to_json(results)}.items():

@@ -256,7 +256,7 @@ class Run(NamedTuple):
     folder: Path
     data: str  # where its test images come from
     config: dict
-    means: dict  # {split: {measure: {"mean": float or None, "n": int}}}
+    means: dict  # {split: {measure: {"mean": float, "n": int}}}
     checkpoint: str
     scores: dict  # {(split, centre, name): Score}
 
@@ -365,7 +365,8 @@ def section(everything):
     groups = dict(sorted(groups.items()))
     one_tolerance = len({run.config.get("nsd_tolerance") for run in everything}) == 1
     summary = {(split, measure, label): over_runs(group, split, measure)
-               for split in SPLITS for measure in MEASURES if one_tolerance or measure not in SURFACES for label, group in groups.items()}
+               for split, measure in itertools.product(SPLITS, MEASURES) if one_tolerance or measure not in SURFACES
+               for label, group in groups.items()}
     differences = {(first, second, split, measure): paired_difference(groups[first], groups[second], split, measure)
                    for first, second in itertools.combinations(groups, 2) for split in SPLITS for measure in PAIRED}
     first, names = everything[0], dict.fromkeys(run.checkpoint for run in everything)
@@ -381,7 +382,8 @@ def over_runs(group, split, measure):
 
 def mean_and_std(values):
     """The standard deviation is that of a sample (n - 1)."""
-    return {"mean": float(np.mean(values)) if len(values) else math.nan, "std": float(np.std(values, ddof=1)) if len(values) > 1 else math.nan}
+    mean, std = (np.mean(values) if len(values) else math.nan), (np.std(values, ddof=1) if len(values) > 1 else math.nan)
+    return {"mean": float(mean), "std": float(std)}
 
 
 def paired_difference(first, second, split, measure):
@@ -397,7 +399,8 @@ def paired_difference(first, second, split, measure):
             if key[0] == split and score.of(measure) is not None:
                 images.add(key)
                 clusters[(*key[:2], key[2].partition("_slice-")[0])][:, r] += b.scores[key].of(measure) - score.of(measure), 1
-    sums, counts = np.array(list(clusters.values())).reshape(len(clusters), 2, len(pairs)).transpose(1, 0, 2)  # (clusters, pairs) each
+    both = np.array(list(clusters.values())).reshape(len(clusters), 2, len(pairs))
+    sums, counts = both.transpose(1, 0, 2)  # (clusters, pairs) each
     known = counts.sum(0) > 0
     return {"runs": len(pairs), "images": len(images), "clusters": len(sums),
             **mean_and_std(sums.sum(0)[known] / counts.sum(0)[known]), **interval(sums[:, known], counts[:, known])}
@@ -416,8 +419,8 @@ def interval(sums, counts):
     if len(sums) < FEWEST:
         return {"low": math.nan, "high": math.nan, "p": math.nan}
     drawn = np.random.default_rng(0).integers(len(sums), size=(9999, len(sums)))
-    numbered = drawn + len(sums) * np.arange(len(drawn))[:, None]  # so that one bincount counts for every sample
-    times = np.bincount(numbered.ravel(), minlength=numbered.size).reshape(drawn.shape)  # that a cluster was drawn
+    drawn += len(sums) * np.arange(len(drawn))[:, None]  # so that one bincount counts for all samples
+    times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)  # that a sample holds a cluster
     totals = times @ counts
     means = np.divide(times @ sums, totals, out=np.full(totals.shape, np.nan), where=totals > 0)  # of each pair of runs
     low, high = np.percentile(np.nanmean(means, axis=1), (2.5, 97.5))
@@ -432,7 +435,8 @@ def report(sections, layout=aligned):
     for title, groups, summary, differences in sections:
         blocks.append(f"{title}: mean ± standard deviation over runs; n: images, or lesions for recall, of a run")
         for split in SPLITS:
-            rows = [[split.replace("_", "-"), "n", *(f"{label} ({plural(len(group), 'run')})" for label, group in groups.items())]]
+            labels = [f"{label} ({plural(len(group), 'run')})" for label, group in groups.items()]
+            rows = [[split.replace("_", "-"), "n", *labels]]
             for measure, heading in MEASURES.items():
                 cells = [summary[split, measure, label] for label in groups if (split, measure, label) in summary]
                 counts = [n for score in cells for n in score["n"]]
@@ -444,10 +448,10 @@ def report(sections, layout=aligned):
         for first, second in dict.fromkeys(key[:2] for key in differences):
             blocks.append(layout(difference_rows(first, second, differences)))
     if any(block.differences for block in sections):
-        blocks.append(f"""Differences are paired over images and runs of the same fold and seed: their mean ± standard deviation over pairs of runs,
-a 95 % bootstrap interval and the p of a Wilcoxon signed-rank test, both over images (LiTS: volumes) and from {FEWEST} of them on.
-These tell what other images might have shown, not other seeds: for that see the spread over runs. p is not corrected
-for the number of tests.""")
+        blocks.append(f"""Differences are paired over images and runs of the same fold and seed: their mean ± standard deviation over pairs of
+runs, a 95 % bootstrap interval and the p of a Wilcoxon signed-rank test, both over images (LiTS: volumes) and from
+{FEWEST} of them on. These tell what other images might have shown, not other seeds: for that see the spread over runs.
+p is not corrected for the number of tests.""")
     return "\n\n".join(blocks)
 
 
@@ -462,7 +466,8 @@ def difference_rows(first, second, differences):
             spread = "" if math.isnan(d["std"]) else f" ± {d['std']:.3f}"
             between = "" if math.isnan(d["low"]) else f" [{d['low']:+.3f}, {d['high']:+.3f}]"
             images = str(d["images"]) + (f" of {plural(d['clusters'], 'volume')}" if d["clusters"] < d["images"] else "")
-            cells += [f"{d['mean']:+.3f}{spread}{between}", "–" if math.isnan(d["p"]) else f"{d['p']:.2g}", images] if d["images"] else ["–", "–", "0"]
+            p = "–" if math.isnan(d["p"]) else f"{d['p']:.2g}"
+            cells += [f"{d['mean']:+.3f}{spread}{between}", p, images] if d["images"] else ["–", "–", "0"]
         rows.append([MEASURES[measure], *cells])
     return rows
 
@@ -495,16 +500,20 @@ def draw(found):
     Raises RunError where no test image has a lesion.
     """
     everything = [run for group in found.groups.values() for run in group]
-    sizes = {key: score.inverse_area for run in everything for key, score in run.scores.items() if math.isfinite(score.inverse_area)}
+    sizes = {key: score.inverse_area for run in everything for key, score in run.scores.items()
+             if math.isfinite(score.inverse_area)}
     if not sizes:
         raise RunError(f"{found.title}: no test image has a lesion, so there is nothing to draw")
     centres = sorted({key[:2] for run in everything for key in run.scores})
     points = {label: mean_scores(group) for label, group in found.groups.items()}
+
+    def of_runs(value, *which):
+        return {label: [value(run, *which) for run in group] for label, group in found.groups.items()}
+
     bars = {MEASURES[measure]: {f"C{centre}" + ("\n(held out)" if split == "out_test" else ""):
-                                {label: [of_centre(run, split, centre, measure) for run in group] for label, group in found.groups.items()}
-                                for split, centre in centres} for measure in ("dice_s", "dice_l")}
-    bars["lesion recall"] = {heading.removeprefix("recall, "):
-                             {label: [both_splits(run, measure) for run in group] for label, group in found.groups.items()}
+                                of_runs(of_centre, split, centre, measure) for split, centre in centres}
+            for measure in ("dice_s", "dice_l")}
+    bars["lesion recall"] = {heading.removeprefix("recall, "): of_runs(both_splits, measure)
                              for measure, heading in RECALL_BINS.items()}
     return plots.draw_comparison(found.title, everything[0].config["tau"], np.array(list(sizes.values())), points, bars)
 
@@ -535,7 +544,7 @@ def both_splits(run, measure):
 
 def main(arguments=None):
     """The command line. -> exit code: 0, or 2 for an error (one line on stderr)"""
-    parser = argparse.ArgumentParser(prog="metrics.py", description="Compare finished runs: methods side by side, and their paired differences.")
+    parser = argparse.ArgumentParser(prog="metrics.py", description="Methods side by side, and their paired differences.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
     parser.add_argument("--checkpoint", default="", help="which checkpoint's results: best (default), best_small")
     how = parser.add_mutually_exclusive_group()
@@ -549,7 +558,8 @@ def main(arguments=None):
         sections = compare(options.runs, options.checkpoint)
         if options.plot and len(sections) > 1:
             raise RunError("--plot draws one data set and network at a time: " + "; ".join(found.title for found in sections))
-        print(runs.to_csv(list(csv_rows(sections))).rstrip() if options.csv else report(sections, markdown if options.markdown else aligned))
+        layout = markdown if options.markdown else aligned
+        print(runs.to_csv(list(csv_rows(sections))).rstrip() if options.csv else report(sections, layout))
         if options.plot:
             runs.write(options.plot, draw(sections[0]))
     except (RunError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The pictures of a run: curves over rounds, outlined predictions, anatomy, methods compared. Each function returns a matplotlib Figure."""
+"""The pictures: curves over rounds, outlined predictions, anatomy, methods compared. Each is a matplotlib Figure."""
 
 import numpy as np
 import torch

@@ -35,8 +35,11 @@ def execute(name, folder):
     notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
     # by files where there are such sockets: kernels that start at the same time may choose the same port
     how = {"transport": "ipc", "ip": str(folder / "socket")} if os.name == "posix" else {}
-    kernel = manager.AsyncKernelManager(kernel_name="python3", **how)
-    nbclient.NotebookClient(notebook, km=kernel, timeout=300, resources={"metadata": {"path": ROOT / "notebooks"}}).execute()
+    kernel = manager.KernelManager(kernel_name="python3", **how)
+    try:
+        nbclient.NotebookClient(notebook, km=kernel, timeout=300, resources={"metadata": {"path": ROOT / "notebooks"}}).execute()
+    finally:
+        kernel.shutdown_kernel(now=True)
     return notebook
 
 
