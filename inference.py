@@ -1,6 +1,7 @@
 """Masks for images and CT volumes of your own: what `python fedgs.py --predict` does with each file."""
 
 import gzip
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ import data
 import plots
 
 READS = {"polypgen": (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"), "lits": (".nii", ".nii.gz")}  # suffixes
+MASKS = re.compile(r"segmentation-.*|.*_(mask|overlay)\..*")  # what is left out of a folder: truths and earlier results
 COLOUR = np.array(ImageColor.getrgb(plots.SKY))  # of predictions, as in the other pictures
 
 
 def find_inputs(paths, dataset):
-    """Files to segment, those directly in a folder included. -> {name of its results: path}, in order
+    """Files to segment, and in place of a folder those directly in it, but for masks. -> {name of its results: path}, in order
 
     Raises DataError for what is not there, is of a kind that a network for this data set does not read, or would be
     written over the results of another file.
@@ -25,7 +27,8 @@ def find_inputs(paths, dataset):
     files = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(item for item in path.iterdir() if item.is_file() and suffix(item, dataset))
+            inside = sorted(item for item in path.iterdir()
+                            if item.is_file() and suffix(item, dataset) and not MASKS.fullmatch(item.name))
             if not inside:
                 raise data.DataError(f"{path} holds no {' or '.join(READS[dataset])} files, which a network for {dataset} reads")
             files += inside

@@ -123,21 +123,27 @@ def draw_sizes(axes, tau, points):
     for (method, (inverse_area, dice)), colour in zip(points.items(), COLOURS * 9):
         axes.scatter(inverse_area, dice, s=9, color=colour, alpha=0.35, linewidths=0)
         if len(dice) > 1:
-            count = min(len(dice), max(10, len(dice) // 6))
-            centre, mean, error = running_mean(np.log(inverse_area), dice, count)
-            axes.plot(np.exp(centre), mean, color=colour, label=f"{method}: running mean of {count} images, 95 % interval")
-            axes.fill_between(np.exp(centre), mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
+            half = max(5, len(dice) // 12)
+            area, mean, error = running_mean(inverse_area, dice, half, fewest=4)
+            label = f"{method}: running mean of up to {min(len(dice), 2 * half + 1)} images, 95 % interval"
+            axes.plot(area, mean, color=colour, label=label)
+            axes.fill_between(area, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
     axes.axvline(tau, color="0.3", ls=":", label=f"τ = {tau:g}")
     axes.set(title="every test image with a lesion, mean of its runs", ylabel="Dice", xscale="log", ylim=(-0.03, 1.03))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
 
-def running_mean(x, y, count):
-    """Means of x and y over each `count` neighbours in x, and the half width of the 95 % interval of the mean of y."""
+def running_mean(x, y, half, fewest):
+    """x in order, at each the mean of y over `half` neighbours on either side, and half the width of its 95 % interval.
+
+    Towards the ends there are as many neighbours on either side as there are on the outer one, but not less than `fewest`.
+    """
     order = np.argsort(x, kind="stable")
-    windows = [np.lib.stride_tricks.sliding_window_view(values[order], count) for values in (x, y)]
-    return windows[0].mean(1), windows[1].mean(1), 1.96 * windows[1].std(1, ddof=1) / np.sqrt(count)
+    reach = np.maximum(fewest, np.minimum(half, np.minimum(np.arange(len(x)), np.arange(len(x))[::-1])))
+    windows = [y[order][max(0, i - r) : i + r + 1] for i, r in enumerate(reach)]
+    return (x[order], np.array([window.mean() for window in windows]),
+            np.array([1.96 * window.std(ddof=1) / np.sqrt(len(window)) for window in windows]))
 
 
 def draw_counts(axes, above, inverse_area):

@@ -319,6 +319,7 @@ def test_picture_shows_its_numbers(pair_of_methods):
 
 
 def test_running_mean_by_hand():
-    x, y, error = plots.running_mean(np.array([3.0, 1.0, 2.0, 4.0]), np.array([0.3, 0.1, 0.2, 0.9]), 3)
-    assert x.tolist() == [2, 3] and y.tolist() == pytest.approx([0.2, (0.2 + 0.3 + 0.9) / 3])
-    assert error[0] == pytest.approx(1.96 * 0.1 / math.sqrt(3))  # the standard deviation of 0.1, 0.2, 0.3 is 0.1
+    x, y, error = plots.running_mean(np.array([3.0, 1.0, 2.0, 4.0, 5.0]), np.array([0.3, 0.1, 0.2, 0.9, 0.5]), 2, fewest=1)
+    # in order 0.1, 0.2, 0.3, 0.9, 0.5: two at the ends, three beside them, all five in the middle
+    assert x.tolist() == [1, 2, 3, 4, 5] and y.tolist() == pytest.approx([0.15, 0.2, 0.4, 1.7 / 3, 0.7])
+    assert error[1] == pytest.approx(1.96 * 0.1 / math.sqrt(3))  # the standard deviation of 0.1, 0.2, 0.3 is 0.1

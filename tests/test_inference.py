@@ -92,6 +92,7 @@ def test_images_through_the_command_line(tmp_path, capsys, model):
     for name, size in (("wide.JPG", (20, 90)), ("tall.png", (90, 31))):
         write_image(folder / name, *size)
     (folder / "notes.txt").write_text("")
+    write_image(folder / "wide_mask.png")
     grey = tmp_path / "grey.tif"
     Image.new("L", (50, 40)).save(grey)
     assert main("--predict", folder, grey, "--checkpoint", checkpoint, "--out", tmp_path / "out") == 0
@@ -180,6 +181,13 @@ def test_mask_of_a_volume(tmp_path, suffix, kind):
     assert mask.get_data_dtype() == np.uint8 and b"LiTS stand-in" in mask.header["descrip"].tobytes()
     grey = np.round((np.clip(volume.get_fdata(), -200, 200) + 200) / 400 * 255)
     assert np.array_equal(np.asarray(mask.dataobj), grey > 127)
+
+
+def test_a_folder_of_volumes(tmp_path):
+    """LiTS's own folders hold the truth beside the volumes."""
+    for name in ("volume-3.nii", "segmentation-3.nii", "volume-4.nii.gz", "volume-4_mask.nii.gz"):
+        (tmp_path / name).write_bytes(b"")
+    assert list(inference.find_inputs([tmp_path], "lits")) == ["volume-3", "volume-4"]
 
 
 def test_upper_case_suffix(tmp_path):
@@ -303,6 +311,22 @@ def test_evaluate(tmp_path, capsys, checkpoint):
     assert (float(first["nsd"]), float(first["hd95"])) == pytest.approx(metrics.surface_measures(*pair, (1, 1), 1.5))
     refused(capsys, main("--evaluate", "--checkpoint", checkpoint, "--out", out), "not empty: choose another --out")
     assert main("--evaluate", "--checkpoint", checkpoint) == 0  # no files without --out
+
+
+def test_surfaces_are_measured_in_the_images_spacing(generator):
+    network = UTNet(in_channels=1, width=2)
+    pixels = torch.randint(0, 256, (2, 1, 32, 32), dtype=torch.uint8, generator=generator)
+    masks = torch.zeros(2, 1, 32, 32, dtype=torch.uint8)
+    masks[:, :, 8:20, 5:17] = 1
+    spacing = torch.tensor([[0.5, 2.0], [3.0, 0.25]], dtype=torch.float64)
+    images = data.Images(1, ["a", "b"], pixels, masks, torch.full((2,), 1024 / 144), torch.tensor([False, False]), spacing)
+    found = fedgs.evaluate(network, images, nsd_tolerance=1.2)
+    for i in range(2):
+        pair = found.predicted[i, 0].numpy(), masks[i, 0].bool().numpy()
+        assert found.surfaces[i].tolist() == pytest.approx(metrics.surface_measures(*pair, spacing[i].tolist(), 1.2))
+    assert fedgs.evaluate(network, images).surfaces.isnan().all()  # only where asked for
+    assert "mm" in metrics.surface_note({"dataset": "lits", "nsd_tolerance": 1.2})
+    assert metrics.surface_note({"dataset": "lits", "nsd_tolerance": 0.0}) == metrics.surface_note({"dataset": "lits"}) == ""
 
 
 def test_evaluate_on_other_data_says_so(tmp_path, capsys, checkpoint, monkeypatch):

@@ -314,6 +314,15 @@ def test_options_added_later_do_not_keep_a_run_from_going_on(finished, tmp_path)
     assert run(tmp_path / "run", "--resume") == 0
 
 
+def test_grid_plan(tmp_path, monkeypatch):
+    """Where its runs go without --out, each once, and pairs of methods next to each other."""
+    folders = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fedgs, "run", lambda config, *rest: folders.append(config.out))
+    assert fedgs.main([*TINY, "--methods", "fedavg", "fedgs", "--seed", "1", "0", "1"]) == 0
+    assert folders == [os.path.join("runs", f"polypgen-{method}-utnet-f1-s{seed}") for seed in (1, 0) for method in ("fedavg", "fedgs")]
+
+
 def test_grid_refuses_before_it_begins(tmp_path, capsys):
     (tmp_path / "polypgen-fedgs-utnet-f3-s0").mkdir()
     (tmp_path / "polypgen-fedgs-utnet-f3-s0" / "notes.txt").write_text("")
