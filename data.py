@@ -79,6 +79,7 @@ class Images:
         return Images(self.centre, self.names, *(x.to(device) for x in self.tensors()))
 
     def tensors(self):
+        """What there is of each image, in the order of the fields."""
         return self.images, self.masks, self.inverse_area, self.small, self.spacing
 
 
