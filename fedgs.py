@@ -753,12 +753,13 @@ def parse(arguments=None):
             spellings, how["nargs"] = spellings + [f"{spellings[0]}s"], "+"
             how["help"] += "; several: one run after another, each in a folder of its own below --out"
         parser.add_argument(*spellings, **how)
-    use = parser.add_argument_group("using a checkpoint instead of training").add_mutually_exclusive_group()
+    group = parser.add_argument_group("using a checkpoint instead of training")
+    use = group.add_mutually_exclusive_group()
     use.add_argument("--evaluate", action="store_true", help="test --checkpoint, as at the end of a run; files only with --out")
     use.add_argument("--predict", nargs="+", metavar="PATH", help="write masks of these images or CT volumes, or of those in these "
                      "folders, into --out")
-    parser.add_argument("--checkpoint", type=Path, help="a .pt file of a run, or a published one: a bare state dict, of which "
-                        "--model and --dataset say the rest")
+    group.add_argument("--checkpoint", type=Path, help="a .pt file of a run, or a published one: a bare state dict, of which "
+                       "--model and --dataset say the rest")
     given = vars(parser.parse_args(arguments))
     use = {name: given.pop(name) for name in ("evaluate", "predict", "checkpoint") if name in given}
     if use and len(use) < 2:
