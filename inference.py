@@ -83,9 +83,9 @@ def segment_image(predict, path, mask_path, overlay_path, size, source):
     mask = predict(torch.from_numpy(pixels).permute(2, 0, 1)[None], (image.height, image.width))[0, 0].numpy()
     about = PngImagePlugin.PngInfo()
     about.add_text("Comment", source)
-    for target, picture in ((mask_path, Image.fromarray(mask)), (overlay_path, overlay(image, mask, source))):
+    for target, picture in ((mask_path, Image.fromarray(mask).convert("L")), (overlay_path, overlay(image, mask, source))):
         with data.replacing(target) as new:
-            picture.convert("RGB" if target == overlay_path else "L").save(new, "PNG", pnginfo=about)
+            picture.save(new, "PNG", pnginfo=about)
     count = ndimage.label(mask, np.ones((3, 3)))[1]
     return f"{count} component{'s' if count != 1 else ''}, {mask.mean():.1%} of the image" if count else "no lesion"
 
