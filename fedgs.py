@@ -541,9 +541,9 @@ def test(network, federation, config, checkpoints, title):
     splits = {"in_test": federation.in_test.values(), "out_test": [federation.out_test]}
     results, scores, lesions, pictures = {}, [], [], {}
     for name, path in checkpoints.items():
-        state = runs.read_checkpoint(path)
+        state, about = runs.read_weights(path)
         runs.load_weights(network, state, path)
-        round_ = runs.metadata(state, path).get("round")
+        round_ = about.get("round")
         evaluations = {split: [evaluate(network, images, config.nsd_tolerance) for images in parts] for split, parts in splits.items()}
         results[name] = {"round": round_}
         for split, parts in evaluations.items():
@@ -610,8 +610,7 @@ def open_checkpoint(path, given):
     none: options say what it is, and are the paper's where they do not. Raises RunError for a file that is
     no checkpoint, options that contradict it, and weights that do not fit.
     """
-    state = runs.read_checkpoint(path)
-    about = runs.metadata(state, path)
+    state, about = runs.read_weights(path)
     if about:
         free = runs.FREE_ON_RESUME | {"centres", "out_centre"}  # these say where, and on what, it is used
         known = [f for f in fields(Config) if f.name in about["config"].keys() - runs.FREE_ON_RESUME]
@@ -686,16 +685,20 @@ def configure(given):
 
 
 def describe_run(config, federation, device, kernels):
-    """What config.json says: options, data (with a fingerprint of every image), device, kernels, versions."""
+    """What config.json says: which run it is, device, kernels, versions."""
     return {
-        "config": asdict(config),
-        "data": {"source": federation.source, "notes": federation.notes, "images": count_images(federation),
-                 "fingerprint": data.fingerprint(federation)},
+        **identity(config, federation),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "kernels": kernels.name,
         "versions": {"fedgs": __version__, "python": platform.python_version(), "torch": torch.__version__,
                      "numpy": np.__version__},
     }
+
+
+def identity(config, federation):
+    """What makes a run this one and no other: its options, and its data with a fingerprint of every image."""
+    return {"config": asdict(config), "data": {"source": federation.source, "notes": federation.notes,
+            "images": count_images(federation), "fingerprint": data.fingerprint(federation)}}
 
 
 def count_images(federation):
@@ -754,10 +757,10 @@ def parse(arguments=None):
             how["help"] += "; several: one run after another, each in a folder of its own below --out"
         parser.add_argument(*spellings, **how)
     group = parser.add_argument_group("using a checkpoint instead of training")
-    use = group.add_mutually_exclusive_group()
-    use.add_argument("--evaluate", action="store_true", help="test --checkpoint, as at the end of a run; files only with --out")
-    use.add_argument("--predict", nargs="+", metavar="PATH", help="write masks of these images or CT volumes, or of those in these "
-                     "folders, into --out")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--evaluate", action="store_true", help="test --checkpoint, as at the end of a run; files only with --out")
+    either.add_argument("--predict", nargs="+", metavar="PATH", help="write masks of these images or CT volumes, or of those in "
+                        "these folders, into --out")
     group.add_argument("--checkpoint", type=Path, help="a .pt file of a run, or a published one: a bare state dict, of which "
                        "--model and --dataset say the rest")
     given = vars(parser.parse_args(arguments))
@@ -788,26 +791,26 @@ def run_grid(given):
     axes, plan = several(given), []
     for values in itertools.product(*axes.values()):
         config, why = configure({**given, **dict(zip(axes, values))})
-        config.out = str(Path(config.out or "runs") / runs.run_name(config))
+        folder = Path(config.out or "runs") / runs.run_name(config)
+        config.out = str(folder)
         check(config)
-        complete = runs.is_complete(Path(config.out), config)
+        complete = runs.is_complete(folder, config)
         if not complete:
-            runs.check_folder(Path(config.out), {"config": asdict(config)}, config.resume)
-        plan.append((config, why, complete))
+            runs.check_folder(folder, {"config": asdict(config)}, config.resume)
+        plan.append((folder, config, why, complete))
     federation, fold, failures = None, None, []
-    for i, (config, why, complete) in enumerate(plan, start=1):
-        print(f"run {i} of {len(plan)}: {config.out}{' is complete' if complete else ''}\n", flush=True)
+    for i, (folder, config, why, complete) in enumerate(plan, start=1):
+        print(f"run {i} of {len(plan)}: {folder}{' is complete' if complete else ''}\n", flush=True)
         if fold != config.fold:
             federation, fold = load_data(config, data.find(config.dataset, config.data_root)), config.fold
         try:
             if complete:
-                record = describe_run(config, federation, choose_device(config), PYTORCH)
-                runs.check_same(Path(config.out) / "config.json", record)
+                runs.check_same(folder / "config.json", identity(config, federation))
             else:
                 run(config, why, federation)
         except RunError as error:
-            failures.append(f"{config.out}: {error}")
-    folders = [config.out for config, _, _ in plan if (Path(config.out) / "results.json").exists()]
+            failures.append(f"{folder}: {error}")
+    folders = [str(folder) for folder, *_ in plan if (folder / "results.json").exists()]
     if folders:
         print("\n" + metrics.report(metrics.compare(folders)))
         print(f"\nto draw it: python metrics.py {' '.join(folders)} --plot comparison.png")

@@ -505,7 +505,7 @@ def draw(found):
     if not sizes:
         raise RunError(f"{found.title}: no test image has a lesion, so there is nothing to draw")
     centres = sorted({key[:2] for run in everything for key in run.scores})
-    points = {label: mean_scores(group) for label, group in found.groups.items()}
+    points = {label: mean_scores(group, sizes) for label, group in found.groups.items()}
 
     def of_runs(value, *which):
         return {label: [value(run, *which) for run in group] for label, group in found.groups.items()}
@@ -518,14 +518,13 @@ def draw(found):
     return plots.draw_comparison(found.title, everything[0].config["tau"], np.array(list(sizes.values())), points, bars)
 
 
-def mean_scores(group):
-    """Every test image with a lesion: inverse areas (n,) and Dice (n,), the mean of the runs that it was tested in."""
+def mean_scores(group, sizes):
+    """The images of sizes, {image: inverse area}, that a group was tested on: inverse areas (n,), Dice (n,), the mean of runs."""
     dice = defaultdict(list)
     for run in group:
-        for key, score in run.scores.items():
-            if math.isfinite(score.inverse_area):
-                dice[key, score.inverse_area].append(score.dice)
-    return np.array([area for _, area in dice]), np.array([np.mean(values) for values in dice.values()])
+        for key in (key for key in sizes if key in run.scores):
+            dice[key].append(run.scores[key].dice)
+    return np.array([sizes[key] for key in dice]), np.array([np.mean(values) for values in dice.values()])
 
 
 def of_centre(run, split, centre, measure):

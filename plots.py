@@ -7,13 +7,19 @@ BLUE, ORANGE, GREEN, PURPLE, RED, SKY = "#0072B2", "#E69F00", "#009E73", "#CC79A
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY)  # Okabe and Ito's palette: distinct to colour-blind readers
 
 
-def new_figure(title, rows, columns, size, **ratios):
-    """A figure and its axes as a (rows, columns) array, without pyplot's global state."""
+def empty_figure(title, size):
+    """A figure without pyplot's global state."""
     from matplotlib.figure import Figure  # imported here: it is slow, and training does not need it
 
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title, fontsize=10)
-    return figure, figure.subplots(rows, columns, squeeze=False, **ratios)
+    return figure
+
+
+def new_figure(title, rows, columns, size):
+    """A figure and its axes as a (rows, columns) array."""
+    figure = empty_figure(title, size)
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def draw_curves(history, title):
@@ -107,14 +113,13 @@ def draw_comparison(title, tau, sizes, points, bars):
     sizes: inverse areas of all test images with a lesion; points: {method: (inverse areas (n,), Dice (n,))} of those that its
     runs were tested on; bars: three {measure: {group: {method: [(mean, count) of each run]}}}.
     """
-    figure, grid = new_figure(title, 3, 2, (13, 9.5), width_ratios=(3, 2), height_ratios=(4, 1, 4))
-    draw_sizes(grid[0, 0], tau, points)
-    draw_counts(grid[1, 0], grid[0, 0], sizes)
-    for place in grid[0:2, 1]:
-        place.remove()
-    places = figure.add_subplot(grid[0, 0].get_gridspec()[0:2, 1]), *grid[2]
-    for place, (measure, groups) in zip(places, bars.items(), strict=True):
-        draw_bars(place, measure, groups)
+    figure = empty_figure(title, (13, 9.5))
+    layout = [["sizes", "first"], ["counts", "first"], ["second", "third"]]
+    axes = figure.subplot_mosaic(layout, width_ratios=(3, 2), height_ratios=(4, 1, 4))
+    draw_sizes(axes["sizes"], tau, points)
+    draw_counts(axes["counts"], axes["sizes"], sizes)
+    for place, (measure, groups) in zip(("first", "second", "third"), bars.items(), strict=True):
+        draw_bars(axes[place], measure, groups)
     return figure
 
 

@@ -117,24 +117,25 @@ def read_checkpoint(path):
         raise RunError(f"{path} is damaged, or no checkpoint: {reason}") from error
 
 
-def metadata(state, path):
-    """What fedgs.checkpoint put beside the tensors of the state dict that was read from path; {} for a bare one.
+def read_weights(path):
+    """A network's state dict, and what fedgs.checkpoint put beside its tensors; {} for a bare one, as published ones are.
 
-    Raises RunError for what is no state dict.
+    Raises RunError for a missing or damaged file, what is no state dict, and weights that are not finite.
     """
+    state = read_checkpoint(path)
     if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
         raise RunError(f"{path} is no network's state dict (best.pt, best_small.pt and last.pt of a run are)")
+    if bad := [name for name, x in state.items() if not x.isfinite().all()]:
+        raise RunError(f"{path} holds weights that are not finite ({bad[0]})")
     about = getattr(state, "_metadata", {})
     about = about.get("fedgs", {}) if isinstance(about, dict) else about
     if about and not (isinstance(about, dict) and isinstance(about.get("config"), dict) and isinstance(about.get("data"), str)):
         raise RunError(f"{path}: its configuration is damaged")
-    return about
+    return state, about
 
 
 def load_weights(network, state, path):
-    """Load the state dict that was read from path. Raises RunError for another network's weights, and for ones not finite."""
-    if bad := [name for name, x in state.items() if not x.isfinite().all()]:
-        raise RunError(f"{path} holds weights that are not finite ({bad[0]})")
+    """Load the state dict that was read from path. Raises RunError for another network's weights."""
     try:
         network.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:

@@ -27,6 +27,14 @@ def published():
     return SHARED / "published"
 
 
+def refused(capsys, code, *words):
+    """Exit code 2, one line on stderr, no traceback, and these words in it."""
+    error = capsys.readouterr().err
+    assert code == 2 and error.startswith("fedgs.py: error: ") and error.count("\n") == 1
+    for word in words:
+        assert word in error, error
+
+
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)

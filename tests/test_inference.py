@@ -15,7 +15,7 @@ import fedgs
 import inference
 import metrics
 import runs
-from conftest import SHARED
+from conftest import SHARED, refused
 from models import SDUTNet, UTNet
 
 PUBLISHED = ["--image-size", "32", "--width", "2"]  # what the bare state dicts of these tests are, other than published ones
@@ -44,13 +44,6 @@ def main(*arguments):
         return fedgs.main(list(map(str, arguments)))
     except SystemExit as stop:  # how argparse ends
         return stop.code
-
-
-def refused(capsys, code, *words):
-    error = capsys.readouterr().err
-    assert code == 2 and error.startswith("fedgs.py: error: ") and error.count("\n") == 1
-    for word in words:
-        assert word in error, error
 
 
 def write_image(path, height=41, width=67):

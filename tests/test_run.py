@@ -22,7 +22,7 @@ import fedgs
 import metrics
 import plots
 import runs
-from conftest import ROOT
+from conftest import ROOT, refused
 from metrics import DISENTANGLED_WEIGHTS
 from models import SDUTNet, UTNet
 
@@ -334,14 +334,6 @@ def test_grid_refuses_before_it_begins(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------ errors
 
 
-def refused(capsys, code, *words):
-    """Exit code 2, one line on stderr, no traceback, and these words in it."""
-    error = capsys.readouterr().err.strip()
-    assert code == 2 and error.startswith("fedgs.py: error: ") and "\n" not in error
-    for word in words:
-        assert word in error, error
-
-
 @pytest.mark.parametrize("options, words", [
     (["--method", "fedprox"], ["--method", "fedprox", "fedavg"]),
     (["--no-such-option", "1"], ["--no-such-option"]),
@@ -396,6 +388,12 @@ def test_checkpoint_of_another_model(finished, tmp_path, capsys):
     (tmp_path / "small" / "resume.pt").write_bytes((finished / "resume.pt").read_bytes())
     (tmp_path / "small" / "best.pt").write_bytes((tmp_path / "wide" / "best.pt").read_bytes())
     refused(capsys, run(tmp_path / "small", "--resume"), "best.pt", "does not fit")
+
+
+def test_best_that_is_no_network(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    torch.save(torch.ones(2), tmp_path / "run" / "best.pt")
+    refused(capsys, run(tmp_path / "run", "--resume"), "best.pt is no network's state dict")
 
 
 @pytest.mark.parametrize("name", ["resume.pt", "config.json"])
