@@ -83,68 +83,92 @@ class Images:
         return self.images, self.masks, self.inverse_area, self.small, self.spacing
 
 
+class Facts(NamedTuple):
+    """What may be known of a centre's data outside it."""
+
+    parts: tuple  # numbers of images: (train, validation, in-test), or of the held-out centre (out-test,)
+    flagged: int  # images whose published size flags are used
+    lost: int  # lesions that vanish at the network's size
+    fingerprint: str  # a hash of every name, image, mask and size flag, split by split
+
+
 @dataclass
 class Federation:
-    """What the clients hold, by centre number, and the held-out centre."""
+    """What the clients hold, by centre number, and the held-out centre; of other processes' centres the facts alone."""
 
     source: str  # where the images come from, for every table, plot and file
-    notes: list  # what a reader should know about them: size flags, lesions lost in resizing
-    out_test: Images
+    rule: str  # by what slices or size flags were chosen, where no published flags are used
+    size: int  # side of the images
+    facts: dict = field(default_factory=dict)  # {centre: Facts}, the held-out one last
+    out_test: Images | None = None
     train: dict = field(default_factory=dict)
     validation: dict = field(default_factory=dict)
     in_test: dict = field(default_factory=dict)
 
+    @property
+    def notes(self):
+        """What a reader should know about the data, a sentence each."""
+        flagged, lost = (sum(getattr(facts, name) for facts in self.facts.values()) for name in ("flagged", "lost"))
+        images = sum(sum(facts.parts) for facts in self.facts.values())
+        notes = [f"published size flags for {flagged} of {images} images" if flagged else self.rule]
+        if lost:
+            notes.append(f"{lost} lesions vanish at {self.size}x{self.size}, so their images count as empty")
+        return notes
 
-def polypgen(root, centres=POLYPGEN_CENTRES, out_centre=6, size=512, tau=POLYPGEN_TAU, split="fold", fold=1):
+
+def polypgen(root, centres=POLYPGEN_CENTRES, out_centre=6, size=512, tau=POLYPGEN_TAU, split="fold", fold=1, here=None):
     """PolypGen at root, or the stand-in where root is None, split into clients and a held-out centre.
 
-    centres: those that take part, the held-out one included. split: "fold" (published folds), "centre"
-    (published per-centre split) or "grouped" (fold, near-duplicate frames kept together).
+    centres: those that take part, the held-out one included; here: those of them to load, all if None. split: "fold"
+    (published folds), "centre" (published per-centre split) or "grouped" (fold, near-duplicate frames kept together).
     Raises DataError for files that are missing or unreadable and centres without images.
     """
+    centres = [k for k in centres if here is None or k in here]
     if root is None:
-        source = "PolypGen stand-in"
         drawn = tqdm(centres, desc="drawing the stand-in", unit="centre", leave=False, disable=None)
-        loaded, notes = [stand_in_images(centre, size, tau) for centre in drawn], ["size flags by rule"]
+        source, loaded, flagged = "PolypGen stand-in", [stand_in_images(centre, size, tau) for centre in drawn], {}
     else:
-        source = "PolypGen"
-        loaded, notes = read_polypgen(Path(root), centres, size, tau)
+        source, (loaded, flagged) = "PolypGen", read_polypgen(Path(root), centres, size, tau)
     units = {images.centre: near_duplicates(root, images) if split == "grouped" else [[i] for i in range(len(images))]
              for images in loaded if images.centre != out_centre}
-    return federate(source, notes, loaded, out_centre, units, split, fold)
+    return federate(Federation(source, "size flags by rule", size), loaded, flagged, out_centre, units, split, fold)
 
 
-def lits(root, centres=tuple(LITS_CENTRES), out_centre=5, size=512, tau=1000, split="centre", fold=1, cache=""):
+def lits(root, centres=tuple(LITS_CENTRES), out_centre=5, size=512, tau=1000, split="centre", fold=1, here=None, cache=""):
     """The slices with a tumour of LiTS at root, or of the stand-in where root is None: clients and a held-out centre.
 
     A client holds the volumes of its numbers; no volume is in two splits. split: "centre" (published per-centre split) or
-    "fold" (five folds), both of volumes. cache: a folder for decoded slices; default: root/fedgs-cache.
+    "fold" (five folds), both of volumes. centres, here: as for polypgen. cache: a folder for decoded slices; default:
+    root/fedgs-cache.
     Raises DataError for files that are missing, unreadable or not LiTS, centres without tumours, an unwritable cache.
     """
+    centres = [k for k in centres if here is None or k in here]
     if root is None:
         root = stand_in_volumes(Path(cache or "datasets/lits-stand-in"))
         cache = root / "fedgs-cache"
     drawn = any((path.parent / STAND_IN_MARK).exists() for _, _, path in nifti_files(root))
-    source = "LiTS stand-in" if drawn else "LiTS"
     loaded, units = read_lits(Path(root), centres, size, tau, Path(cache or Path(root) / "fedgs-cache"))
-    return federate(source, [f"slices with more than {TUMOUR_PIXELS} tumour pixels"], loaded, out_centre, units, split, fold)
+    empty = Federation("LiTS stand-in" if drawn else "LiTS", f"slices with more than {TUMOUR_PIXELS} tumour pixels", size)
+    return federate(empty, loaded, {}, out_centre, units, split, fold)
 
 
-def federate(source, notes, loaded, out_centre, units, split, fold):
-    """Split the centres' images into the parts of a Federation.
+def federate(federation, loaded, flagged, out_centre, units, split, fold):
+    """Split the centres' images into the parts of a Federation. -> the federation
 
-    units: {centre: lists of indices that stay together, in the order in which the rules of the split count them}
+    flagged: {centre: number of published flags used}; units: {centre: lists of indices that stay together, in the order in
+    which the rules of the split count them}
     """
-    size = loaded[0].images.shape[-1]
-    if lost := sum(count_as_empty(images) for images in loaded):
-        notes = [*notes, f"{lost} lesions vanish at {size}x{size}, so their images count as empty"]
-    data = Federation(source, notes, out_test=next(images for images in loaded if images.centre == out_centre))
-    for images in loaded:
-        if images.centre != out_centre:
-            parts = split_units(units[images.centre], split, fold)
-            for part, indices in zip((data.train, data.validation, data.in_test), parts, strict=True):
-                part[images.centre] = images.subset(indices)
-    return data
+    for images in sorted(loaded, key=lambda images: images.centre == out_centre):
+        lost = count_as_empty(images)
+        if images.centre == out_centre:
+            federation.out_test, parts = images, [images]
+        else:
+            parts = [images.subset(indices) for indices in split_units(units[images.centre], split, fold)]
+            for part, chosen in zip((federation.train, federation.validation, federation.in_test), parts, strict=True):
+                part[images.centre] = chosen
+        numbers = tuple(len(part) for part in parts)
+        federation.facts[images.centre] = Facts(numbers, flagged.get(images.centre, 0), lost, hash_of(parts))
+    return federation
 
 
 def count_as_empty(images):
@@ -154,15 +178,29 @@ def count_as_empty(images):
     return int(lost.sum())
 
 
-def fingerprint(federation):
-    """A hash of every name, image, mask and size flag, split by split: a run must go on with the data it began with."""
+def hash_of(parts):
+    """A hash of every name, image, mask and size flag of these Images."""
     digest = hashlib.blake2b(digest_size=8)
-    for part in (federation.train, federation.validation, federation.in_test, {0: federation.out_test}):
-        for images in part.values():
-            digest.update(" ".join(images.names).encode())
-            for tensor in (images.images, images.masks, images.small):
-                digest.update(tensor.numpy())
+    for images in parts:
+        digest.update(" ".join(images.names).encode())
+        for tensor in (images.images, images.masks, images.small):
+            digest.update(tensor.numpy())
     return digest.hexdigest()
+
+
+def fingerprint(federation):
+    """A hash of all centres' hashes: a run must go on with the data it began with."""
+    text = " ".join(f"{centre} {facts.fingerprint}" for centre, facts in sorted(federation.facts.items()))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def work(dataset, root, centre):
+    """How much there is of a centre, before anything of it is loaded: its number of images, or of CT volumes."""
+    if root is None:
+        return {"polypgen": standin.POLYPGEN, "lits": standin.LITS}[dataset][centre][0]
+    if dataset == "polypgen":
+        return len(list_pairs(Path(root), centre))
+    return sum(kind == "volume" and number in LITS_CENTRES[centre] for kind, number, _ in nifti_files(root))
 
 
 def find(dataset, root=""):
@@ -195,20 +233,20 @@ def stand_in_images(centre, size, tau):
 
 
 def read_polypgen(root, centres, size, tau):
-    """Read these centres of PolypGen. -> list of Images, notes on the size flags (list of str)"""
+    """Read these centres of PolypGen. -> list of Images, {centre: number of images with a published size flag}"""
     pairs = [(centre, *pair) for centre in centres for pair in list_pairs(root, centre)]
     with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes outside the interpreter lock
         jobs = pool.map(lambda pair: read_pair(pair[1], pair[2], size, tau), pairs)
         decoded = list(tqdm(jobs, total=len(pairs), desc="reading PolypGen", unit="image", leave=False, disable=None))
-    loaded, flagged = [], 0
+    loaded, flagged = [], {}
     for centre in centres:
         published = read_size_flags(root, centre) if tau == POLYPGEN_TAU else {}
         names, rows = zip(*((image.name, row) for (c, image, _), row in zip(pairs, decoded, strict=True) if c == centre))
         pixels, masks, inverse_areas, by_rule = zip(*rows)
         small = [published.get(name, flag) for name, flag in zip(names, by_rule)]
-        flagged += sum(name in published for name in names)
+        flagged[centre] = sum(name in published for name in names)
         loaded.append(collect(centre, [Path(name).stem for name in names], pixels, masks, inverse_areas, small))
-    return loaded, [f"published size flags for {flagged} of {len(pairs)} images" if flagged else "size flags by rule"]
+    return loaded, flagged
 
 
 def list_pairs(root, centre):

@@ -26,6 +26,7 @@ Delta_k = theta - theta_k and weights clients by their numbers of images. This f
 """
 
 import argparse
+import ctypes
 import functools
 import itertools
 import math
@@ -33,7 +34,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,9 +49,12 @@ import metrics
 import plots
 import runs
 from models import CODE, SDUTNet, UTNet
+from processes import OtherEnded, Processes
 from runs import RunError
 
 __version__ = "0.1.0"
+READABLE = (RunError, data.DataError, OSError)  # errors whose messages are for people
+ALONE = Processes(READABLE)  # unless torchrun started more
 
 
 # ---------------------------------------------------------------------------------------- configuration
@@ -88,6 +92,9 @@ class Config:
     out_centre: int = option(6, "centre that is held out for testing")
     seed: int = option(0, "seed of initial weights, batches and augmentation")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
+    precision: str = option("auto", "of forward and backward in training: float32, or bfloat16 where that is as good (weights, "
+                            "updates and evaluation stay float32); auto: bf16 if the hardware computes in it",
+                            choices=("auto", "fp32", "bf16"))
     kernels: str = option("auto", "what computes difficulty, step and aggregation: compiled kernels for the device, or the "
                           "PyTorch lines that define them; auto: compiled if they are here",
                           choices=("auto", "cuda", "cpp", "torch"))
@@ -99,6 +106,10 @@ class Config:
     resume: bool = option(False, "continue the run in its folder")
     nsd_tolerance: float = option(0.0, "also test how far boundaries are apart, by NSD at this tolerance and HD95: in mm for CT, "
                                   "in pixels of the network's image else; 0: no")
+
+    def __post_init__(self):
+        if self.precision == "auto":  # a run must go on as it began
+            self.precision = "bf16" if has_bf16(choose_device(self)) else "fp32"
 
 
 DATASETS = {
@@ -135,6 +146,18 @@ def check(config):
     require(config.out_centre in config.centres, "out_centre", config, "must be among --centres")
     require(len(config.centres) > 1, "centres", config, "leaves no client beside the held-out centre")
     require(config.device != "cuda" or torch.cuda.is_available(), "device", config, "but torch finds no GPU here")
+
+
+def choose_device(config):
+    """--device -> torch.device"""
+    return torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def has_bf16(device):
+    """Whether the device computes in bfloat16: GPUs since Ampere, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def require(condition, name, config, rule):
@@ -292,56 +315,125 @@ class Update:
     eta: torch.Tensor  # sum over steps
     scaled: torch.Tensor  # number of steps with eta > 1
 
+    def size(self, config):
+        """What the client's weight is proportional to."""
+        return self.steps if config.method == "fedgs" else self.images
 
-def train_client(flat, server, images, config, round_, kernels=PYTORCH, progress=None):
+    def without_vectors(self):
+        """What rounds.csv needs of it; the vectors' memory is free again."""
+        return replace(self, delta=None, buffers=None, counters=None)
+
+
+class Batch(NamedTuple):
+    """What a training step reads."""
+
+    images: torch.Tensor  # (B, C, S, S) uint8
+    masks: torch.Tensor  # (B, 1, S, S) uint8
+    small: torch.Tensor  # (B,) bool
+    draws: torch.Tensor  # (B, 9) from [0, 1), for the augmentation
+    noise: torch.Tensor  # (2, B, 8) normal, for SD-UTNet's codes; (0, B, 8) for UTNet
+
+
+def train_client(flat, server, images, config, round_, kernels=PYTORCH, progress=None, gradient=None):
     """A client's part of a round: local epochs of AdamW from the server's state. -> Update
 
-    flat: the FlatNetwork to work in; images: data.Images on its device. All randomness follows from
-    (seed, round, centre), so clients may run in any order or place.
+    flat: the FlatNetwork to work in; images: data.Images on its device; gradient: batch_gradient, or what does the same.
+    All randomness follows from (seed, round, centre), so clients may run in any order or place.
     """
     seed = np.random.SeedSequence((config.seed, round_, images.centre)).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(seed) >> 1)
     device, per_epoch = flat.parameters.device, len(images) // config.batch_size
+    gradient = gradient or batch_gradient
     flat.load(server.state)
     flat.network.train()
     m, v, delta = (torch.zeros_like(flat.parameters) for _ in range(3))
-    eta_sum, scaled = torch.zeros(2, device=device)
-    losses, codes = {}, 2 if config.model == "sd-utnet" else 0  # sums over steps; how many codes a step samples
-    step = 0
+    codes = 2 if config.model == "sd-utnet" else 0  # how many a step samples
+    step, totals = 0, 0.0
     for _ in range(config.local_epochs):
         order = torch.randperm(len(images), generator=generator)[: per_epoch * config.batch_size].view(per_epoch, -1)
         draws = torch.rand(per_epoch, config.batch_size, data.AUGMENTATION_DRAWS, generator=generator)
         noises = torch.randn(per_epoch, codes, config.batch_size, CODE, generator=generator)
-        for batch, draw, noise in zip(order.to(device), draws.to(device), noises.to(device)):
-            x, y = data.augment(images.images[batch].float() / 255, images.masks[batch], draw)
-            flat.grad.zero_()
-            loss, terms = training_loss(flat.network, data.normalise(x), y, noise)
-            loss.backward()
+        for chosen, draw, noise in zip(order.to(device), draws.to(device), noises.to(device)):
+            batch = Batch(images.images[chosen], images.masks[chosen], images.small[chosen], draw, noise)
+            measured = gradient(flat, batch, config, kernels)
             step += 1
-            if config.method == "fedgs":
-                _, _, eta = kernels.mask_difficulty(y, images.small[batch], config.log_base)
-                kernels.adamw_accumulate_(flat.parameters, flat.grad, m, v, step, config.lr, delta, eta)
-            else:
-                eta = torch.ones((), device=device)
-                kernels.adamw_accumulate_(flat.parameters, flat.grad, m, v, step, config.lr)
-            for name, term in {"loss": loss, **terms}.items():
-                losses[name] = losses.get(name, 0) + term.detach()
-            eta_sum += eta
-            scaled += eta > 1
+            report = (delta, measured["eta"]) if config.method == "fedgs" else ()
+            kernels.adamw_accumulate_(flat.parameters, flat.grad, m, v, step, config.lr, *report)
+            totals = totals + torch.stack(list(measured.values()))
             if progress is not None:
                 progress.update()
     if config.method == "fedavg":
         delta = server.state[0] - flat.parameters
+    totals = dict(zip(measured, totals))
+    eta, scaled, loss = (totals.pop(name) for name in ("eta", "scaled", "loss"))
+    terms = {name: total / step for name, total in totals.items()}
     buffers, counters = flat.buffers.clone(), flat.counters.clone()
-    means = {name: total / step for name, total in losses.items()}
-    return Update(images.centre, delta, buffers, counters, step, len(images), means.pop("loss"), means, eta_sum, scaled)
+    return Update(images.centre, delta, buffers, counters, step, len(images), loss / step, terms, eta, scaled)
 
 
-def training_loss(network, images, masks, noise):
-    """What a step minimises, and its terms by name. noise (2, B, 8) is what SD-UTNet samples its codes with."""
+def batch_gradient(flat, batch, config, kernels=PYTORCH):
+    """The loss's gradient for a batch, which is augmented first, into flat.grad.
+
+    -> {name: 0-dim float32}: the loss, its terms, eta (1 for FedAvg), and whether it is above 1 ("scaled")
+    """
+    x, y = data.augment(batch.images.float() / 255, batch.masks, batch.draws)
+    flat.grad.zero_()
+    loss, terms = training_loss(flat.network, data.normalise(x), y, batch.noise, config.precision)
+    loss.backward()
+    if config.method == "fedgs":
+        _, _, eta = kernels.mask_difficulty(y, batch.small, config.log_base)
+    else:
+        eta = torch.ones((), device=y.device)
+    return {name: x.detach().float() for name, x in {"loss": loss, **terms, "eta": eta, "scaled": eta > 1}.items()}
+
+
+class CapturedGradient:
+    """batch_gradient on a GPU: captured as a CUDA graph the first time, so that a batch is one launch, not thousands.
+
+    Its tensors stay where they are: a batch is copied into those that the graph reads, and what it returns lies in those
+    that the next batch will overwrite.
+    """
+
+    def __init__(self):
+        self.graph = None
+
+    def __call__(self, flat, batch, config, kernels):
+        if self.graph is None:
+            self.capture(flat, batch, config, kernels)
+        for mine, theirs in zip(self.batch, batch, strict=True):
+            mine.copy_(theirs)
+        self.graph.replay()
+        return self.measured
+
+    def capture(self, flat, batch, config, kernels):
+        """Record the work on a batch. The network's state stays as it was."""
+        self.batch, state = Batch(*(x.clone() for x in batch)), flat.state()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries set themselves up in their first calls, which no graph may hold
+            for _ in range(3):
+                batch_gradient(flat, self.batch, config, kernels)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads, such as NCCL's, go on
+            self.measured = batch_gradient(flat, self.batch, config, kernels)
+        flat.load(state)
+
+
+def training_loss(network, images, masks, noise, precision="fp32"):
+    """What a step minimises, and its terms by name. noise (2, B, 8) is what SD-UTNet samples its codes with.
+
+    bf16: the network computes in bfloat16 where autocast finds that good enough, channels-last, as matrix units
+    want it (in float32 on a CPU that is slower); losses are float32.
+    """
+    half = precision == "bf16"
+    if half:
+        images = images.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+        parts = network.decompose(images, noise) if isinstance(network, SDUTNet) else network(images)
     if isinstance(network, SDUTNet):
-        return metrics.disentangled_loss(network.decompose(images, noise), images, masks)
-    return metrics.soft_dice_loss(network(images), masks), {}
+        return metrics.disentangled_loss(type(parts)(*(x.float() for x in parts)), images, masks)
+    return metrics.soft_dice_loss(parts.float(), masks), {}
 
 
 # ------------------------------------------------------------------------------------------------ server
@@ -350,97 +442,127 @@ def training_loss(network, images, masks, noise):
 class Server:
     """The server's state (parameters, buffers, counters) and, with momentum, its velocity."""
 
+    GROUP = 8  # updates that are in memory together, however many clients there are
+
     def __init__(self, flat, kernels=PYTORCH):
         self.state = flat.state()
         self.velocity = torch.zeros_like(self.state[0])
         self.aggregate = kernels.aggregate
 
-    def apply(self, updates, config, round_):
-        """Replace the state by the aggregate of the clients' updates.
+    def apply(self, updates, config, round_, total=None):
+        """Replace the state by the aggregate of the clients' updates. -> the updates without their vectors
 
-        Weights are T_k / sum T for FedGS and n_k / sum n for FedAvg, for parameters and buffers alike.
+        updates: in client order, a list; or an iterator, from which they are taken, summed and forgotten in groups, with the
+        total of their sizes. Weights are T_k / sum T for FedGS and n_k / sum n for FedAvg, for parameters and buffers alike.
         With momentum mu, velocity <- mu velocity + sum_k w_k Delta_k and theta <- theta - server_lr velocity.
         Raises RunError naming the clients whose loss or update is not finite, and for a step that is not;
         the state is then unchanged.
         """
-        sizes = [u.steps if config.method == "fedgs" else u.images for u in updates]
-        weights = [size / sum(sizes) for size in sizes]
+        total = total or sum(u.size(config) for u in updates)
         theta, buffers, counters = self.state
-        deltas, velocity = [u.delta for u in updates], self.velocity
-        if config.server_momentum:  # a server_lr of -1 turns the aggregate into a sum
-            velocity, _, finite = self.aggregate(config.server_momentum * velocity, deltas, weights, server_lr=-1.0)
-            theta = theta - config.server_lr * velocity
-        else:
-            theta, _, finite = self.aggregate(theta, deltas, weights, config.server_lr)
-        nothing, theirs = torch.zeros_like(buffers), [u.buffers for u in updates]
-        buffers, _, buffers_finite = self.aggregate(nothing, theirs, weights, server_lr=-1.0)
-        losses_finite = torch.stack([u.loss for u in updates]).isfinite()
-        bad = [f"C{u.centre}" for u, fine in zip(updates, finite & buffers_finite & losses_finite) if not fine]
-        if bad:
+        momentum = config.server_momentum
+        moved, rate = (momentum * self.velocity, -1.0) if momentum else (theta, config.server_lr)  # -1: a sum
+        mean, counts = torch.zeros_like(buffers), torch.zeros_like(counters, dtype=torch.float64)
+        updates, seen, finite = iter(updates), [], []
+        while group := list(itertools.islice(updates, self.GROUP)):
+            weights = [u.size(config) / total for u in group]
+            moved, _, fine = self.aggregate(moved, [u.delta for u in group], weights, rate)
+            mean, _, buffers_fine = self.aggregate(mean, [u.buffers for u in group], weights, -1.0)
+            counts += sum(weight * u.counters.double() for weight, u in zip(weights, group))
+            finite += (fine & buffers_fine & torch.stack([u.loss for u in group]).isfinite()).tolist()
+            seen += [u.without_vectors() for u in group]
+            del group[:]  # before the next ones come
+        if bad := [f"C{u.centre}" for u, fine in zip(seen, finite, strict=True) if not fine]:
             raise RunError(f"round {round_} was not applied: loss or update of client {', '.join(bad)} is not finite; "
                            "earlier checkpoints stay as they were (a smaller --lr may help)")
-        if not all(x.isfinite().all() for x in (theta, buffers, velocity)):
+        velocity, theta = (moved, theta - config.server_lr * moved) if momentum else (self.velocity, moved)
+        if not all(x.isfinite().all() for x in (theta, mean, velocity)):
             raise RunError(f"round {round_} was not applied: the server's step is not finite; earlier checkpoints stay "
                            "as they were (a smaller --server-lr or --server-momentum may help)")
-        counts = sum(weight * u.counters.double() for weight, u in zip(weights, updates, strict=True))
-        self.state, self.velocity = (theta, buffers, counts.round().to(counters.dtype)), velocity
+        self.state, self.velocity = (theta, mean, counts.round().to(counters.dtype)), velocity
+        return seen
 
 
 # ------------------------------------------------------------------------------------------ round loop
 
 
-def run(config, why="as given", federation=None):
+def run(config, why="as given", federation=None, processes=ALONE):
     """A whole run: train round by round, keep everything in the run's folder, test, draw. -> content of results.json
 
-    why: the reason for the preset, for the header; federation: its data, where they are loaded already. Raises RunError or
-    data.DataError where the configuration, the data or the folder cannot be used, before anything is written, and for a
-    round that is refused.
+    why: the reason for the preset, for the header; federation: its data, where they are loaded already; processes: each
+    has clients of its own, and all run this function. Raises RunError or data.DataError where the configuration, the data
+    or the folder cannot be used, before anything is written, and for a round that is refused.
     """
     check(config)
     device = choose_device(config)
     torch.backends.cudnn.deterministic = True  # a CPU is repeatable as it is; this is cuDNN's part of it on a GPU
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is float32
+    reuse_freed_memory()
     kernels, which_kernels = choose_kernels(config.kernels, device)
     root, folder = data.find(config.dataset, config.data_root), runs.run_folder(config)
-    federation = federation or load_data(config, root)
-    for centre, images in federation.train.items():
-        if len(images) < config.batch_size:
-            raise RunError(f"centre {centre} has {len(images)} training images, less than --batch-size {config.batch_size}")
-    if not any(len(images) for images in federation.validation.values()):
-        raise RunError(f"--split {config.split} leaves no validation images: the centres have too few images")
-    record = describe_run(config, federation, device, kernels)
-    runs.check_folder(folder, record, config.resume)
+    federation = federation or load_data(config, root, processes)
+    steps = count_steps(config, federation)
+    record = describe_run(config, federation, device, kernels, processes)
+    processes.from_first(lambda: runs.check_folder(folder, record, config.resume))
     network = build_network(config).to(device)
     flat = FlatNetwork(network)
-    server = Server(flat, kernels)
-    history, best = runs.load_progress(folder, server, config) if config.resume else ([], {})
-    folder.mkdir(parents=True, exist_ok=True)
-    runs.write(folder / "config.json", runs.to_json(record))
-    print(header(config, why, root, federation, flat, device, which_kernels, folder), flush=True)
+    server, history, best = Server(flat, kernels), [], {}
+    if config.resume:
+        history, best = processes.from_first(lambda: runs.load_progress(folder, server, config))
+        processes.share(server.state)
+    processes.from_first(lambda: folder.mkdir(parents=True, exist_ok=True) or runs.write(folder / "config.json", runs.to_json(record)))
+    print(header(config, why, root, federation, flat, device, which_kernels, folder, processes), flush=True)
 
     clients = [images.to(device) for images in federation.train.values()]
-    steps = sum(len(images) // config.batch_size for images in clients) * config.local_epochs
-    done = len(history) * steps
-    with tqdm(total=config.rounds * steps, initial=done, unit="step", leave=False, disable=None) as progress:
+    gradient = CapturedGradient() if kernels.name == "cuda" else batch_gradient
+    total = sum(steps.values()) if config.method == "fedgs" else sum(federation.facts[k].parts[0] for k in steps)
+    own = sum(steps[images.centre] for images in clients)
+    with tqdm(total=config.rounds * own, initial=len(history) * own, unit="step", leave=False, disable=None) as progress:
         for round_ in range(len(history) + 1, config.rounds + 1):
             start = time.perf_counter()
             progress.set_description(f"round {round_}/{config.rounds}")
-            updates = [train_client(flat, server, images, config, round_, kernels, progress) for images in clients]
-            server.apply(updates, config, round_)
+            trained = (train_client(flat, server, images, config, round_, kernels, progress, gradient) for images in clients)
+            updates = processes.collect(trained, like=server.state)
+            updates = processes.from_first(lambda: server.apply(updates, config, round_, total))
+            processes.share(server.state)
             flat.load(server.state)
-            tallies = [evaluate(network, images).tally for images in federation.validation.values()]
-            validation = metrics.means(sum(tallies))
+            tallies = processes.union({k: evaluate(network, images).tally for k, images in federation.validation.items()})
+            validation = metrics.means(sum(tallies[k] for k in steps))
             history.append(summarise(round_, updates, validation, time.perf_counter() - start, federation.source))
-            runs.save_progress(folder, checkpoint(network, config, federation.source, round_), server, history, best, validation)
+            weights = checkpoint(network, config, federation.source, round_)
+            processes.from_first(lambda: runs.save_progress(folder, weights, server, history, best, validation))
             progress.write(describe(history[-1], config.rounds))
     title = f"{describe_model(config)} on {federation.source}"
-    results, files = test(network, federation, config, {name: folder / f"{name}.pt" for name in ("best", "best_small")}, title)
+    checkpoints = {name: folder / f"{name}.pt" for name in ("best", "best_small")}
+    results, files = test(network, federation, config, checkpoints, title, processes)
     results |= {"rounds": len(history), "seconds": sum(row["seconds"] for row in history)}
     files |= {"curves.png": plots.draw_curves(history, title), "results.json": runs.to_json(results)}
-    (folder / "results.json").unlink(missing_ok=True)  # comes last: until it is there, the run is not complete
-    for name, content in files.items():
-        runs.write(folder / name, content)
+    processes.from_first(lambda: runs.save_results(folder, files))
     print(f"\nin {folder}: {', '.join(files)}, rounds.csv, best.pt, best_small.pt, last.pt")
     return results
+
+
+def reuse_freed_memory():
+    """Have glibc keep freed memory for what comes next, instead of giving it back to the system.
+
+    A training step on a CPU takes and frees large maps hundreds of times. New memory comes in pages that the system clears
+    one by one; at 256 x 256 that took a third of the step.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -4  # <malloc.h>
+        libc.mallopt(M_MMAP_MAX, 0)  # large maps come from the heap, too
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # and its free end stays
+
+
+def count_steps(config, federation):
+    """{client: its steps in a round}. Raises RunError where a client has too few images, or there is nothing to validate on."""
+    numbers = {centre: facts.parts for centre, facts in federation.facts.items() if centre != config.out_centre}
+    for centre, (train, _, _) in numbers.items():
+        if train < config.batch_size:
+            raise RunError(f"centre {centre} has {train} training images, less than --batch-size {config.batch_size}")
+    if not any(validation for _, validation, _ in numbers.values()):
+        raise RunError(f"--split {config.split} leaves no validation images: the centres have too few images")
+    return {centre: train // config.batch_size * config.local_epochs for centre, (train, _, _) in numbers.items()}
 
 
 def checkpoint(network, config, source, round_):
@@ -456,15 +578,19 @@ def checkpoint(network, config, source, round_):
     return state
 
 
-def choose_device(config):
-    """--device -> torch.device"""
-    return torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-
-
-def load_data(config, root):
-    """The data set of a configuration. -> data.Federation"""
-    how = (root, config.centres, config.out_centre, config.image_size, config.tau, config.split, config.fold)
-    return data.lits(*how, config.cache) if config.dataset == "lits" else data.polypgen(*how)
+def load_data(config, root, processes=ALONE):
+    """The data set of a configuration, of a process's own centres, with the facts about all. -> data.Federation"""
+    if root is None and config.dataset == "lits" and processes.count > 1:  # it is drawn once
+        root = processes.from_first(lambda: data.stand_in_volumes(Path(config.cache or "datasets/lits-stand-in")))
+    work = processes.from_first(lambda: {k: data.work(config.dataset, root, k) for k in config.centres})
+    held_out = {config.out_centre: work.pop(config.out_centre)}
+    here = processes.spread(work, held_out)
+    how = (root, config.centres, config.out_centre, config.image_size, config.tau, config.split, config.fold, here)
+    load = functools.partial(data.lits, *how, config.cache) if config.dataset == "lits" else functools.partial(data.polypgen, *how)
+    federation = processes.agree(load)
+    facts = processes.union(federation.facts)
+    federation.facts = {k: facts[k] for k in (*work, *held_out)}
+    return federation
 
 
 def summarise(round_, updates, validation, seconds, source):
@@ -533,28 +659,40 @@ def evaluate(network, images, nsd_tolerance=0.0):
     return Evaluation(images, predicted, dice, lesions, surfaces, tally)
 
 
-def test(network, federation, config, checkpoints, title):
+class Tested(NamedTuple):
+    """What the tables need of one centre's test."""
+
+    tally: torch.Tensor
+    scores: list  # rows of scores.csv
+    lesions: list  # rows of lesions.csv
+
+
+def test(network, federation, config, checkpoints, title, processes=ALONE):
     """Test checkpoints, {name: path}, on in-test and out-test, and print the table.
 
-    -> content of results.json, {file name: content} for what a folder keeps: tables, and pictures of the first checkpoint
+    -> content of results.json, {file name: content} for what a folder keeps: tables, and pictures of the first checkpoint,
+    which show images of this process
     """
-    splits = {"in_test": federation.in_test.values(), "out_test": [federation.out_test]}
+    own = [("in_test", images) for images in federation.in_test.values()]
+    own += [("out_test", federation.out_test)] if federation.out_test else []
     results, scores, lesions, pictures = {}, [], [], {}
     for name, path in checkpoints.items():
-        state, about = runs.read_weights(path)
+        state, about = processes.from_first(lambda: runs.read_weights(path))
         runs.load_weights(network, state, path)
         round_ = about.get("round")
-        evaluations = {split: [evaluate(network, images, config.nsd_tolerance) for images in parts] for split, parts in splits.items()}
+        evaluations = [(split, evaluate(network, images, config.nsd_tolerance)) for split, images in own]
+        tested = processes.union({part.images.centre: describe_test(name, split, part, config, federation.source)
+                                  for split, part in evaluations})
         results[name] = {"round": round_}
-        for split, parts in evaluations.items():
-            results[name][split] = metrics.means(sum(part.tally for part in parts))
-            results[name][f"{split}_by_centre"] = {f"C{part.images.centre}": metrics.means(part.tally) for part in parts}
-            for part in parts:
-                scores += score_rows(name, split, part, config, federation.source)
-                lesions += lesion_rows(name, split, part, federation.source)
+        for split, centres in (("in_test", [k for k in federation.facts if k != config.out_centre]), ("out_test", [config.out_centre])):
+            results[name][split] = metrics.means(sum(tested[k].tally for k in centres))
+            results[name][f"{split}_by_centre"] = {f"C{k}": metrics.means(tested[k].tally) for k in centres}
+            scores += [row for k in centres for row in tested[k].scores]
+            lesions += [row for k in centres for row in tested[k].lesions]
         if not pictures:
-            heading = f"{title}\n{name}{f' (round {round_})' if round_ else ''}: test images, evenly spaced by size of lesion"
-            everything = [part for parts in evaluations.values() for part in parts]
+            where = f"centres of process 0 of {processes.count}, " if processes.count > 1 else ""
+            heading = f"{title}\n{name}{f' (round {round_})' if round_ else ''}: test images, {where}evenly spaced by size of lesion"
+            everything = [part for _, part in evaluations]
             pictures["predictions.png"] = plots.draw_predictions(everything, heading)
             if config.model == "sd-utnet":
                 pictures["anatomy.png"] = show_anatomy(network, next(part.images for part in everything if len(part.images)), 0, title)
@@ -563,6 +701,11 @@ def test(network, federation, config, checkpoints, title):
     note = metrics.surface_note(results["config"])
     print(f"\n{title}\n{metrics.table(results['checkpoints'])}" + (f"\n{note}" if note else ""))
     return results, files
+
+
+def describe_test(name, split, part, config, source):
+    """One centre's Evaluation without its images. -> Tested"""
+    return Tested(part.tally, list(score_rows(name, split, part, config, source)), list(lesion_rows(name, split, part, source)))
 
 
 @torch.no_grad()
@@ -684,11 +827,12 @@ def configure(given):
     return Config(**{**DATASETS[dataset], **PRESETS[preset], **given, "preset": preset}), why
 
 
-def describe_run(config, federation, device, kernels):
-    """What config.json says: which run it is, device, kernels, versions."""
+def describe_run(config, federation, device, kernels, processes):
+    """What config.json says: which run it is, device, processes, kernels, versions."""
     return {
         **identity(config, federation),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "processes": processes.count,
         "kernels": kernels.name,
         "versions": {"fedgs": __version__, "python": platform.python_version(), "torch": torch.__version__,
                      "numpy": np.__version__},
@@ -703,12 +847,11 @@ def identity(config, federation):
 
 def count_images(federation):
     """{client: "train + validation + test"} and the held-out centre's number, for the header and config.json."""
-    parts = federation.train, federation.validation, federation.in_test
-    counts = {f"C{k}": " + ".join(str(len(part[k])) for part in parts) for k in federation.train}
-    return {**counts, f"C{federation.out_test.centre} (held out)": str(len(federation.out_test))}
+    numbers = {centre: " + ".join(map(str, facts.parts)) for centre, facts in federation.facts.items()}
+    return {f"C{centre}{'' if ' + ' in text else ' (held out)'}": text for centre, text in numbers.items()}
 
 
-def header(config, why, root, federation, flat, device, which_kernels, folder):
+def header(config, why, root, federation, flat, device, which_kernels, folder, processes):
     """What was chosen, why, and how to change it."""
     where = f"in {root}" if root else (f"drawn images (for real ones put {data.FILES[config.dataset]} into "
                                        f"datasets/{config.dataset} or name their folder with --data-root)")
@@ -720,10 +863,20 @@ def header(config, why, root, federation, flat, device, which_kernels, folder):
         "training": f"{config.rounds} rounds x {config.local_epochs} epochs, batch {config.batch_size}, "
                     f"{config.image_size}x{config.image_size}, lr {config.lr:g}, server lr {config.server_lr:g}, "
                     f"seed {config.seed}, on {device}",
-        "kernels": which_kernels,
+        "computes": f"forward and backward in {describe_precision(config, device)}; kernels: {which_kernels}",
         "folder": str(folder),
     }
+    if processes.count > 1:
+        lines["clients"] = "; ".join(f"process {rank}: " + " ".join(f"C{k}" for k, owner in processes.owners.items() if owner == rank)
+                                     for rank in range(processes.count)) + f" ({torch.get_num_threads()} threads each)"
     return "\n".join(f"{name:<9}{text}" for name, text in lines.items())
+
+
+def describe_precision(config, device):
+    """--precision, and whether it suits the hardware."""
+    here, half = has_bf16(device), config.precision == "bf16"
+    return {(True, True): "bf16", (False, False): "fp32 (no bf16 in this hardware)", (True, False): "fp32, as asked",
+            (False, True): "bf16, as asked: without hardware for it, slower than fp32"}[here, half]
 
 
 def shown(value):
@@ -782,7 +935,7 @@ def several(given):
     return {name: given[name] for name in GRID if isinstance(given.get(name), list)}
 
 
-def run_grid(given):
+def run_grid(given, processes=ALONE):
     """A run for each combination of methods, folds and seeds, except those that are complete, and their comparison.
 
     A run that is refused does not keep the others from running. Raises RunError for them at the end, and before anything
@@ -794,24 +947,24 @@ def run_grid(given):
         folder = Path(config.out or "runs") / runs.run_name(config)
         config.out = str(folder)
         check(config)
-        complete = runs.is_complete(folder, config)
+        complete = processes.from_first(lambda: runs.is_complete(folder, config))
         if not complete:
-            runs.check_folder(folder, {"config": asdict(config)}, config.resume)
+            processes.from_first(lambda: runs.check_folder(folder, {"config": asdict(config)}, config.resume))
         plan.append((folder, config, why, complete))
     federation, fold, failures = None, None, []
     for i, (folder, config, why, complete) in enumerate(plan, start=1):
         print(f"run {i} of {len(plan)}: {folder}{' is complete' if complete else ''}\n", flush=True)
         if fold != config.fold:
-            federation, fold = load_data(config, data.find(config.dataset, config.data_root)), config.fold
+            federation, fold = load_data(config, data.find(config.dataset, config.data_root), processes), config.fold
         try:
             if complete:
-                runs.check_same(folder / "config.json", identity(config, federation))
+                processes.from_first(lambda: runs.check_same(folder / "config.json", identity(config, federation)))
             else:
-                run(config, why, federation)
+                run(config, why, federation, processes)
         except RunError as error:
             failures.append(f"{folder}: {error}")
     folders = [str(folder) for folder, *_ in plan if (folder / "results.json").exists()]
-    if folders:
+    if folders and processes.rank == 0:
         print("\n" + metrics.report(metrics.compare(folders)))
         print(f"\nto draw it: python metrics.py {' '.join(folders)} --plot comparison.png")
     if failures:
@@ -821,17 +974,23 @@ def run_grid(given):
 def main(arguments=None):
     """The command line. -> exit code: 0, 2 for an error (one line on stderr), 130 when interrupted"""
     given, use = parse(arguments)
+    processes = Processes(READABLE)
     try:
+        processes.join()
+        if use and processes.count > 1:
+            raise RunError("--evaluate and --predict are work for one process: start them without torchrun")
         if "evaluate" in use:
             evaluate_checkpoint(use["checkpoint"], given)
         elif "predict" in use:
             predict_files(use["predict"], use["checkpoint"], given)
         elif several(given):
-            run_grid(given)
+            run_grid(given, processes)
         else:
-            run(*configure(given))
-    except (RunError, data.DataError, OSError) as error:
-        print(f"fedgs.py: error: {error}", file=sys.stderr)
+            run(*configure(given), processes=processes)
+        processes.leave()
+    except READABLE as error:
+        if processes.rank == 0 or isinstance(error, OtherEnded):  # the others' errors are process 0's, too
+            print(f"fedgs.py: error: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:  # torch says so with a RuntimeError
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):

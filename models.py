@@ -29,6 +29,11 @@ def conv(in_channels, out_channels, kernel=1, bias=False):
     return nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=bias)
 
 
+def relu(x):
+    """ReLU in place, for what batch norm returns: its gradient needs its input only, so a map less is kept for backward."""
+    return F.relu(x, inplace=True)
+
+
 def resize(x, size):
     """Bilinear, corners aligned: (B, C, H, W) -> (B, C, *size)."""
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
@@ -45,11 +50,11 @@ class BasicBlock(nn.Module):
         self.conv2 = conv(out_channels, out_channels, kernel=3)
         self.shortcut = nn.Sequential()  # identity, unless the number of channels changes
         if in_channels != out_channels:
-            self.shortcut = nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU(), conv(in_channels, out_channels))
+            self.shortcut = nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True), conv(in_channels, out_channels))
 
     def forward(self, x):                          # (B, in, H, W)
-        out = self.conv1(F.relu(self.bn1(x)))      # (B, out, H, W)
-        out = self.conv2(F.relu(self.bn2(out)))
+        out = self.conv1(relu(self.bn1(x)))        # (B, out, H, W)
+        out = self.conv2(relu(self.bn2(out)))
         return out + self.shortcut(x)
 
 
@@ -89,18 +94,21 @@ def attend(q, k, v, heads, position):
     """Multi-head attention of every pixel of q to the 64 cells of k and v.
 
     q is (B, C, H, W); k and v are (B, C, h, w) and are resized to the grid. Channel c belongs to head
-    c mod heads. The position bias is scaled together with the dot products. -> (B, C, H, W)
+    c mod heads. The position bias is scaled together with the dot products. -> (B, C, H, W), in memory as q is
     """
     batch, channels, height, width = q.shape
     if k.shape[-2:] != (GRID, GRID):
         k, v = resize(k, (GRID, GRID)), resize(v, (GRID, GRID))
 
     def split(x):                                  # (B, C, h, w) -> (B, heads, hw, C / heads)
-        return x.reshape(batch, channels // heads, heads, -1).permute(0, 2, 3, 1)
+        x = x.reshape(batch, channels // heads, heads, -1).permute(0, 2, 3, 1)
+        return x.contiguous() if x.is_cuda else x  # else torch would not choose its fused attention
 
     scale = (channels // heads) ** -0.5
     bias = position(height, width) * scale         # (heads, HW, 64)
     out = F.scaled_dot_product_attention(split(q), split(k), split(v), attn_mask=bias, scale=scale)
+    if q.stride(1) == 1:                           # channels-last
+        return out.permute(0, 2, 3, 1).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
     return out.permute(0, 3, 1, 2).reshape(batch, channels, height, width)
 
 
@@ -147,7 +155,7 @@ class EncoderTransformer(nn.Module):
 
     def forward(self, x):                          # (B, C, H, W) -> (B, C, H, W)
         x = x + self.attn(self.bn1(x))
-        return x + self.mlp(F.relu(self.bn2(x)))
+        return x + self.mlp(relu(self.bn2(x)))
 
 
 class DecoderTransformer(nn.Module):
@@ -165,7 +173,7 @@ class DecoderTransformer(nn.Module):
     def forward(self, coarse, fine):               # (B, 2C, H/2, W/2), (B, C, H, W) -> (B, C, H, W)
         upsampled = resize(self.conv_ch(coarse), fine.shape[-2:])
         out = upsampled + self.attn(self.bn_h(fine), self.bn_l(coarse))
-        return out + self.mlp(F.relu(self.bn2(out)))
+        return out + self.mlp(relu(self.bn2(out)))
 
 
 class Down(nn.Module):
@@ -271,13 +279,15 @@ class Segmentor(nn.Module):
 
     def __init__(self, channels, classes):
         super().__init__()
-        self.conv1 = nn.Sequential(conv(ANATOMY, channels, 3, bias=True), nn.BatchNorm2d(channels), nn.ReLU())
-        self.conv2 = nn.Sequential(conv(channels, channels, 3, bias=True), nn.BatchNorm2d(channels), nn.ReLU())
+        self.conv1 = nn.Sequential(conv(ANATOMY, channels, 3, bias=True), nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+        self.conv2 = nn.Sequential(conv(channels, channels, 3, bias=True), nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
         self.pred = conv(channels, classes, bias=True)
 
     def forward(self, anatomy):                    # (B, 8, H, W)
         x = self.conv2(self.conv1(anatomy))        # (B, 2w, H, W)
-        return self.pred(x).softmax(dim=1)         # (B, classes, H, W)
+        x = self.pred(x)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # where the convolutions computed in bfloat16
+        return x.softmax(dim=1)                    # (B, classes, H, W)
 
 
 class ModalityEncoder(nn.Module):

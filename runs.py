@@ -84,6 +84,13 @@ def save_progress(folder, weights, server, history, best, validation):
     write(folder / "resume.pt", {"state": server.state, "velocity": server.velocity, "history": history, "best": best})
 
 
+def save_results(folder, files):
+    """Write {name: content}. results.json comes last: until it is there, the run is not complete."""
+    (folder / "results.json").unlink(missing_ok=True)
+    for name, content in files.items():
+        write(folder / name, content)
+
+
 def load_progress(folder, server, config):
     """Take up a run where resume.pt left it; from the start where it is not there yet. -> history, best"""
     path = folder / "resume.pt"
