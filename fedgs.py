@@ -529,15 +529,16 @@ def run(config, why="as given", federation=None, processes=ALONE):
             tallies = processes.union({k: evaluate(network, images).tally for k, images in federation.validation.items()})
             validation = metrics.means(sum(tallies[k] for k in steps))
             history.append(summarise(round_, updates, validation, time.perf_counter() - start, federation.source))
-            weights = checkpoint(network, config, federation.source, round_)
-            processes.from_first(lambda: runs.save_progress(folder, weights, server, history, best, validation))
+            processes.from_first(lambda: runs.save_progress(folder, checkpoint(network, config, federation.source, round_), server,
+                                                            history, best, validation))
             progress.write(describe(history[-1], config.rounds))
     title = f"{describe_model(config)} on {federation.source}"
     checkpoints = {name: folder / f"{name}.pt" for name in ("best", "best_small")}
     results, files = test(network, federation, config, checkpoints, title, processes)
     results |= {"rounds": len(history), "seconds": sum(row["seconds"] for row in history)}
-    files |= {"curves.png": plots.draw_curves(history, title), "results.json": runs.to_json(results)}
-    processes.from_first(lambda: runs.save_results(folder, files))
+    if processes.rank == 0:
+        files |= {"curves.png": plots.draw_curves(history, title), "results.json": runs.to_json(results)}
+        runs.save_results(folder, files)
     print(f"\nin {folder}: {', '.join(files)}, rounds.csv, best.pt, best_small.pt, last.pt")
     return results
 
@@ -670,8 +671,8 @@ class Tested(NamedTuple):
 def test(network, federation, config, checkpoints, title, processes=ALONE):
     """Test checkpoints, {name: path}, on in-test and out-test, and print the table.
 
-    -> content of results.json, {file name: content} for what a folder keeps: tables, and pictures of the first checkpoint,
-    which show images of this process
+    -> content of results.json, {file name: content} for what a folder keeps: tables, and pictures of the first checkpoint
+    (from process 0, of its own images)
     """
     own = [("in_test", images) for images in federation.in_test.values()]
     own += [("out_test", federation.out_test)] if federation.out_test else []
@@ -689,7 +690,7 @@ def test(network, federation, config, checkpoints, title, processes=ALONE):
             results[name][f"{split}_by_centre"] = {f"C{k}": metrics.means(tested[k].tally) for k in centres}
             scores += [row for k in centres for row in tested[k].scores]
             lesions += [row for k in centres for row in tested[k].lesions]
-        if not pictures:
+        if not pictures and processes.rank == 0:
             where = f"centres of process 0 of {processes.count}, " if processes.count > 1 else ""
             heading = f"{title}\n{name}{f' (round {round_})' if round_ else ''}: test images, {where}evenly spaced by size of lesion"
             everything = [part for _, part in evaluations]
@@ -1000,7 +1001,8 @@ def main(arguments=None):
         return 2
     except KeyboardInterrupt:
         hint = "what was written stays" if use else "the same command with --resume goes on from the last whole round"
-        print(f"\nfedgs.py: interrupted; {hint}", file=sys.stderr)
+        if processes.rank == 0:
+            print(f"\nfedgs.py: interrupted; {hint}", file=sys.stderr)
         return 130
     return 0
 

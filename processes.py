@@ -59,8 +59,11 @@ class Processes:
 
     def stop(self, *_):
         """SIGTERM: how torchrun ends the others when one has ended."""
-        raise OtherEnded(f"process {self.rank}: stopped, or another process of this run ended (its own message, or torchrun's, "
-                         "says why); the same command with --resume goes on from the last whole round")
+        raise self.ended("torchrun stopped it")
+
+    def ended(self, why):
+        return OtherEnded(f"process {self.rank} of {self.count} ends, as another one did ({why}; its message or torchrun's report "
+                          "says more); the same command with --resume goes on from the last whole round")
 
     @contextlib.contextmanager
     def talking(self):
@@ -68,8 +71,7 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            raise OtherEnded(f"process {self.rank}: another process of this run ended ({str(error).splitlines()[0]}); the same "
-                             "command with --resume goes on from the last whole round") from error
+            raise self.ended(str(error).partition("] ")[2].partition(". ")[0] or error) from error  # gloo's file, reason, advice
 
     # --------------------------------------------------------------------------------------------- agreement
 

@@ -2,6 +2,7 @@
 
     python csrc/benchmark.py                        # this machine's GPU if there is one, else its CPU
     python csrc/benchmark.py --device cpu --only adamw aggregate --json figures.json
+    python csrc/benchmark.py --only training round  # whole steps of training, and where their time goes
 
 Each operation counts the bytes that it cannot avoid moving. Its time gives a bandwidth, which is compared with that of
 a plain copy in the same run, and with the best of the PyTorch paths. Medians; on a GPU by CUDA events, with cold caches.
@@ -9,12 +10,17 @@ a plain copy in the same run, and with the best of the PyTorch paths. Medians; o
 
 import argparse
 import functools
+import itertools
 import json
 import math
+import multiprocessing
 import platform
+import re
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +35,9 @@ from models import UTNet
 
 LR, BETAS, EPS, DECAY, STEP, ETA = 1e-4, (0.9, 0.999), 1e-8, 0.01, 10, 1.7
 UTNET, SD_UTNET = 14_418_788, 18_836_223  # numbers of parameters, at 512x512
+PAPER = 100 * 5 * sum(images // 4 for images in (204, 240, 365, 181, 166))  # steps: rounds, epochs, PolypGen's fold 1
+PARTS = "data", "forward", "backward", "difficulty", "step"
+OPERATIONS = "adamw", "aggregate", "masks", "steps", "training", "round"
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -64,6 +73,50 @@ def timed(function, device):
         return start.elapsed_time(end) / 1e3
 
     return on_cpu if device.type == "cpu" else on_gpu
+
+
+class Clock:
+    """Takes the place of a progress bar: notes when each step ends, on a GPU without waiting for it."""
+
+    def __init__(self, device):
+        self.device, self.ends = device, []
+
+    def update(self):
+        if self.device.type == "cuda":
+            self.ends.append(torch.cuda.Event(enable_timing=True))
+            self.ends[-1].record()
+        else:
+            self.ends.append(time.perf_counter())
+
+    def seconds(self):
+        """From each end to the next."""
+        if self.device.type == "cpu":
+            return np.diff(self.ends)
+        self.ends[-1].synchronize()
+        return np.array([start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(self.ends)])
+
+
+def alone(function, *given):
+    """The function's result in a fresh process, which has its own allocator and its own peak of memory."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *given).result()
+
+
+def peak_memory(device):
+    """The most bytes that this process has held, on a GPU in tensors. (A CPU's ru_maxrss would include its parent's.)"""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")  # Linux
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) if status.exists() else math.nan
+
+
+def gpu_seconds(function):
+    """How long the kernels and copies of a call keep the GPU busy; one after another, as UTNet's are."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        function()
+        torch.cuda.synchronize()
+    events = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(e.self_device_time_total for e in events) / 1e6
 
 
 def copy_bandwidth(device):
@@ -266,24 +319,11 @@ def time_masks(device, images, side, dtype):
 # ------------------------------------------------------------------------------------------------ whole steps
 
 
-class Clock:
-    """Takes the place of a progress bar: notes when each step ends."""
-
-    def __init__(self, device):
-        self.device, self.ends = device, []
-
-    def update(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
-
-
-def time_training(device, side, kernels, repetitions):
+def time_overhead(device, side, kernels, repetitions):
     """Steps of fedgs.train_client, FedAvg and FedGS in turn, and in them what difficulty and update take."""
-    images = torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8)
-    masks = mask_inputs(4, side, torch.uint8, "cpu")[0]
-    client = data.Images(1, list("abcd"), images, masks, torch.full((4,), 100.0), torch.ones(4, dtype=torch.bool)).to(device)
-    configs = {method: fedgs.Config(method=method, local_epochs=4, image_size=side) for method in ("fedavg", "fedgs")}
+    client = drawn_images(4, side).to(device)
+    configs = {method: fedgs.Config(method=method, local_epochs=4, image_size=side, device=device.type)
+               for method in ("fedavg", "fedgs")}
     flat = fedgs.FlatNetwork(fedgs.build_network(configs["fedgs"]).to(device))
     server, steps, update = fedgs.Server(flat), {}, {}
     for repetition in range(repetitions + 1):
@@ -293,13 +333,19 @@ def time_training(device, side, kernels, repetitions):
                                        adamw_accumulate_=watch(kernels.adamw_accumulate_, spent, device))
             fedgs.train_client(flat, server, client, config, 1, watched, clock)
             if repetition:  # the first one warms up
-                steps.setdefault(method, []).extend(np.diff(clock.ends))
+                steps.setdefault(method, []).extend(clock.seconds())
                 update.setdefault(method, []).extend(np.reshape(spent, (4, -1)).sum(1)[1:])
     step, plain, scaled = (statistics.median(x) for x in (steps["fedavg"], update["fedavg"], update["fedgs"]))
     whole = statistics.median(steps["fedgs"]) / step - 1
-    return {"operation": "UTNet step", "kernels": kernels.name, "size": f"4 x {side}²", "steps": len(steps["fedavg"]),
+    size = f"4 x {side}², {config.precision}"
+    return {"operation": "UTNet step", "kernels": kernels.name, "size": size, "steps": len(steps["fedavg"]),
             "fedavg_ms": 1e3 * step, "update_fedavg_ms": 1e3 * plain, "update_fedgs_ms": 1e3 * scaled,
             "overhead": (scaled - plain) / step, "whole_step_difference": whole}
+
+
+def drawn_images(number, side):
+    """Some of the stand-in's smallest centre. -> data.Images"""
+    return data.stand_in_images(6, side, fedgs.Config.tau).subset(range(number))
 
 
 def watch(function, spent, device):
@@ -311,6 +357,93 @@ def watch(function, spent, device):
         return results[0]
 
     return watched
+
+
+# ------------------------------------------------------------------------------------------- paths of training
+
+
+def prepare(path, device, side, epochs):
+    """What a path trains with: its Config, FlatNetwork, Kernels and gradient. For a process of its own.
+
+    plain: float32 with the definitions, batch by batch, in memory as the system gives it; fp32, bf16: as in fedgs.run.
+    """
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
+    precision = "bf16" if path == "bf16" else "fp32"
+    config = fedgs.Config(local_epochs=epochs, image_size=side, device=device.type, precision=precision)
+    flat = fedgs.FlatNetwork(fedgs.build_network(config).to(device))
+    if path == "plain":
+        return config, flat, fedgs.PYTORCH, fedgs.batch_gradient
+    fedgs.reuse_freed_memory()
+    kernels, _ = fedgs.choose_kernels("auto", device)
+    return config, flat, kernels, fedgs.CapturedGradient() if device.type == "cuda" else fedgs.batch_gradient
+
+
+def train_path(path, device, side, epochs):
+    """Epochs of eight steps of fedgs.train_client. -> the path's figures"""
+    config, flat, kernels, gradient = prepare(path, device, side, epochs)
+    server, client, clock = fedgs.Server(flat, kernels), drawn_images(32, side).to(device), Clock(device)
+
+    def train(images, clock=None):
+        return fedgs.train_client(flat, server, images, config, 1, kernels, clock, gradient)
+
+    steps = train(client.subset(range(8))).steps  # warms up
+    train(client, clock)
+    step = statistics.median(clock.seconds())
+    figures = {"ms": 1e3 * step, "steps": len(clock.ends) - 1, "peak_bytes": peak_memory(device)}
+    if device.type == "cuda":
+        busy = gpu_seconds(lambda: train(client.subset(range(8)))) / steps
+        figures |= {"steps_a_second": 1 / step, "gpu_busy": busy / step, "paper_hours": PAPER * step / 3600}
+    return figures
+
+
+def time_training(device, side, epochs):
+    """A step of training by every path that the hardware has."""
+    print(f"timing training, 4 x {side}²", file=sys.stderr)
+    paths = ["plain", "fp32"] + ["bf16"] * fedgs.has_bf16(device)
+    return {"operation": "training", "size": f"4 x {side}²",
+            "paths": {path: alone(train_path, path, device, side, epochs) for path in paths}}
+
+
+def train_in_parts(path, device, side, steps):
+    """A path's steps part by part, and what comes once a round. -> {part: ms}"""
+    config, flat, kernels, _ = prepare(path, device, side, 1)
+    images, server, clock = drawn_images(16, side), fedgs.Server(flat, kernels), Clock(device)
+    client = images.to(device)
+    update = fedgs.train_client(flat, server, client, config, 1, kernels)  # warms up
+    m, v, delta = (torch.zeros_like(flat.parameters) for _ in range(3))
+    order, draws = torch.arange(16, device=device).view(4, 4), torch.rand(steps, 4, data.AUGMENTATION_DRAWS, device=device)
+    clock.update()
+    for step in range(1, steps + 1):
+        chosen = order[step % 4]
+        x, y = data.augment(client.images[chosen].float() / 255, client.masks[chosen], draws[step - 1])
+        x = data.normalise(x)
+        clock.update()
+        loss, _ = fedgs.training_loss(flat.network, x, y, None, config.precision)
+        clock.update()
+        flat.grad.zero_()
+        loss.backward()
+        clock.update()
+        _, _, eta = kernels.mask_difficulty(y, client.small[chosen], config.log_base)
+        clock.update()
+        kernels.adamw_accumulate_(flat.parameters, flat.grad, m, v, step, config.lr, delta, eta)
+        clock.update()
+    parts = dict(zip(PARTS, np.median(np.reshape(clock.seconds(), (steps, 5)), axis=0).tolist()))
+    updates, clock = [replace(update, delta=update.delta.clone()) for _ in range(5)], Clock(device)
+    parts["aggregation of 5 clients"] = seconds(lambda: server.apply(updates, config, 1), device)
+    for _ in range(4):
+        fedgs.evaluate(flat.network, images)
+        clock.update()
+    parts["evaluation of an image"] = statistics.median(clock.seconds()) / 16
+    return {part: 1e3 * spent for part, spent in parts.items()}
+
+
+def time_round(device, side, steps):
+    """Where a round's time goes, plain and as fedgs.run goes about it. A captured step has no parts: it is timed whole."""
+    print(f"timing a round, 4 x {side}²", file=sys.stderr)
+    parts = {path: alone(train_in_parts, path, device, side, steps) for path in ("plain", "fp32")}
+    if device.type == "cuda":
+        parts["fp32"]["the step, captured"] = alone(train_path, "fp32", device, side, 2)["ms"]
+    return {"operation": "round", "size": f"4 x {side}²", "parts_ms": parts}
 
 
 # ---------------------------------------------------------------------------------------------------- results
@@ -350,29 +483,62 @@ def markdown(machine, rows):
     """The figures as tables."""
     lines = [f"{machine['device']}; copy {machine['copy_bandwidth'] / 1e9:.1f} GB/s; torch {machine['torch']}, Python "
              f"{machine['python']}, {machine['system']}", ""]
-    kernels = [r for r in rows if "ratio" in r]
-    if kernels:
+    if kernels := [r for r in rows if "ratio" in r]:
         lines += ["| operation | size | kernel | GB/s | of copy | best PyTorch path | ratio | the others |", "|" + "---|" * 8]
     for r in kernels:
         others = ", ".join(f"{name} {ms:.3g}" for name, ms in r["ms"].items() if name not in ("kernel", r["best"]))
         lines.append(f"| {r['operation']} | {r['size']} | {r['ms']['kernel']:.3g} ms | {r['bandwidth'] / 1e9:.1f} | "
                      f"{r['bandwidth'] / machine['copy_bandwidth']:.0%} | {r['best']}, {r['ms'][r['best']]:.3g} ms | "
                      f"**{r['ratio']:.1f}×** | {others} |")
-    steps = [r for r in rows if "overhead" in r]
-    if steps:
+    if steps := [r for r in rows if "overhead" in r]:
         lines += ["", "| UTNet step, width 32 | kernels | FedAvg's step | its update | FedGS's difficulty and update | overhead | "
                   "whole steps compared |", "|" + "---|" * 7]
     for r in steps:
         lines.append(f"| {r['size']} | {r['kernels']} | {r['fedavg_ms']:.0f} ms | {r['update_fedavg_ms']:.2f} ms | "
                      f"{r['update_fedgs_ms']:.2f} ms | **{r['overhead']:.2%}** | {r['whole_step_difference']:+.1%} (median of {r['steps']}) |")
+    if training := [r for r in rows if r["operation"] == "training"]:
+        lines += ["", *training_table(training)]
+    for r in rows:
+        if r["operation"] == "round":
+            lines += ["", *round_table(r)]
     return "\n".join(lines)
+
+
+def training_table(rows):
+    """Lines of markdown: a step by each path, beside the plain one."""
+    columns = ["UTNet, width 32", "path", "a step (median of)", "ratio to plain", "peak memory"]
+    if "gpu_busy" in rows[0]["paths"]["plain"]:
+        columns += ["steps a second", "GPU busy", f"{PAPER:,} steps, as the paper's PolypGen experiment has"]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for r in rows:
+        for path, f in r["paths"].items():
+            cells = [r["size"], path, f"{f['ms']:.4g} ms ({f['steps']})", f"**{r['paths']['plain']['ms'] / f['ms']:.2f}×**",
+                     f"{f['peak_bytes'] / 2**30:.2f} GiB"]
+            if "gpu_busy" in f:
+                cells += [f"{f['steps_a_second']:.1f}", f"{f['gpu_busy']:.0%}", f"{f['paper_hours']:.1f} h"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines if "bf16" in rows[0]["paths"] else lines + ["", "bf16 is left out: this hardware does not compute in it."]
+
+
+def round_table(row):
+    """Lines of markdown: the parts of a step with their shares of it, then the rest of a round."""
+    parts = row["parts_ms"]
+    whole = {path: sum(ms[part] for part in PARTS) for path, ms in parts.items()}
+    lines = [f"| a step, {row['size']} | plain | share | fp32 | share |", "|" + "---|" * 5]
+    for part in PARTS:
+        cells = [f"{ms[part]:.4g} ms | {ms[part] / whole[path]:.2%}" for path, ms in parts.items()]
+        lines.append(f"| {part} | {' | '.join(cells)} |")
+    lines.append(f"| **all of these** | {whole['plain']:.4g} ms | | {whole['fp32']:.4g} ms | |")
+    for part in list(parts["fp32"])[len(PARTS):]:
+        cells = [f"{ms[part]:.4g} ms" if part in ms else "" for ms in parts.values()]
+        lines.append(f"| {part} | {cells[0]} | | {cells[1]} | |")
+    return lines
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", nargs="+", choices=("adamw", "aggregate", "masks", "steps"),
-                        default=["adamw", "aggregate", "masks", "steps"], help="what to time")
+    parser.add_argument("--only", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="what to time")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -393,8 +559,13 @@ def main():
     if "steps" in options.only:
         sides = {"cpu": ((128, 5), (256, 2)), "cuda": ((128, 10), (256, 10), (512, 10))}[device.type]
         compiled, _ = fedgs.choose_kernels("auto", device)
-        steps += [functools.partial(time_training, device, side, kernels, repetitions)
+        steps += [functools.partial(time_overhead, device, side, kernels, repetitions)
                   for side, repetitions in sides for kernels in (compiled, fedgs.PYTORCH)]
+    if "training" in options.only:
+        sizes = {"cpu": ((128, 3), (256, 2)), "cuda": ((256, 10), (512, 10))}[device.type]
+        steps += [functools.partial(time_training, device, *size) for size in sizes]
+    if "round" in options.only:
+        steps.append(functools.partial(time_round, device, *{"cpu": (256, 12), "cuda": (512, 50)}[device.type]))
     rows = [step() for step in steps]
     header = machine(device, bandwidth)
     print(markdown(header, rows))

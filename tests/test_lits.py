@@ -148,6 +148,13 @@ def test_clients_by_volume_number(tmp_path):
     assert units == {centre: [[0], [1]] for centre in (1, 2, 3, 4, 5)}
 
 
+def test_centres_that_are_loaded_elsewhere(two_clients):
+    whole, client, held_out = (read(two_clients, here=here) for here in (None, [1], [5]))
+    assert {**client.facts, **held_out.facts} == whole.facts and client.out_test is None and not held_out.train
+    assert torch.equal(client.train[1].images, whole.train[1].images) and len(held_out.out_test) == len(whole.out_test)
+    assert data.work("lits", two_clients, 1) == 10 and data.work("lits", two_clients, 5) == 2
+
+
 # ----------------------------------------------------------------------------------------------- the cache
 
 

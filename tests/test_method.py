@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import math
+import weakref
 
 import pytest
 import torch
@@ -267,4 +268,47 @@ def test_a_round_with_a_value_that_is_not_finite_is_refused(flat, field):
     getattr(bad, field).view(-1)[0] = math.nan
     with pytest.raises(RunError, match=r"round 7 .* client C4 is not finite"):
         server.apply([update(flat, 1, 0.1), bad], fedgs.Config(), 7)
+    assert server.state is before
+
+
+def test_updates_are_summed_in_groups(flat, generator):
+    """Updates that come one after another: never more than a group of them in memory, and the sum that a list gives."""
+    alive, most = weakref.WeakSet(), 0
+
+    def numbered(k):
+        return update(flat, k, 0.1 * k, steps=k, images=k, buffers=1.0 / k, counters=k)
+
+    def arriving():
+        nonlocal most
+        for k in range(1, 31):
+            u = numbered(k)
+            alive.add(u.delta)
+            most = max(most, len(alive))
+            yield u
+            del u
+
+    servers = Server(flat), Server(flat)
+    seen = servers[0].apply(arriving(), fedgs.Config(), 1, total=sum(range(1, 31)))
+    assert most <= Server.GROUP and [u.centre for u in seen] == list(range(1, 31)) and all(u.delta is None for u in seen)
+    servers[1].apply([numbered(k) for k in range(1, 31)], fedgs.Config(), 1)
+    assert all(torch.equal(a, b) for a, b in zip(servers[0].state, servers[1].state))
+    mean = sum(0.1 * k * k for k in range(1, 31)) / sum(range(1, 31))
+    torch.testing.assert_close(Server(flat).state[0] - servers[0].state[0], torch.full_like(flat.parameters, mean), rtol=1e-5, atol=1e-5)
+
+
+def test_a_group_is_one_aggregation(flat):
+    """Up to eight clients give the bits of one call of `aggregate`."""
+    server, updates = Server(flat), [update(flat, k, 0.3 / k, images=k) for k in range(1, 9)]
+    expected, _, _ = aggregate(server.state[0], [u.delta for u in updates], [k / 36 for k in range(1, 9)])
+    server.apply(iter(updates), fedgs.Config(method="fedavg"), 1, total=36)
+    assert torch.equal(server.state[0], expected)
+
+
+def test_a_round_is_refused_for_any_of_its_groups(flat):
+    server = Server(flat)
+    before, updates = server.state, [update(flat, k, 0.1) for k in range(1, 21)]
+    for k in (9, 20):
+        updates[k - 1].delta[3] = math.inf
+    with pytest.raises(RunError, match="client C9, C20 is not finite"):
+        server.apply(iter(updates), fedgs.Config(), 1, total=20)
     assert server.state is before
