@@ -144,7 +144,7 @@ def lits(root, centres=tuple(LITS_CENTRES), out_centre=5, size=512, tau=1000, sp
     """
     centres = [k for k in centres if here is None or k in here]
     if root is None:
-        root = stand_in_volumes(Path(cache or "datasets/lits-stand-in"))
+        root = stand_in_volumes(cache)
         cache = root / "fedgs-cache"
     drawn = any((path.parent / STAND_IN_MARK).exists() for _, _, path in nifti_files(root))
     loaded, units = read_lits(Path(root), centres, size, tau, Path(cache or Path(root) / "fedgs-cache"))
@@ -196,11 +196,9 @@ def fingerprint(federation):
 
 def work(dataset, root, centre):
     """How much there is of a centre, before anything of it is loaded: its number of images, or of CT volumes."""
-    if root is None:
-        return {"polypgen": standin.POLYPGEN, "lits": standin.LITS}[dataset][centre][0]
-    if dataset == "polypgen":
-        return len(list_pairs(Path(root), centre))
-    return sum(kind == "volume" and number in LITS_CENTRES[centre] for kind, number, _ in nifti_files(root))
+    if dataset == "lits":
+        return sum(kind == "volume" and number in LITS_CENTRES[centre] for kind, number, _ in nifti_files(root))
+    return standin.POLYPGEN[centre][0] if root is None else len(list_pairs(Path(root), centre))
 
 
 def find(dataset, root=""):
@@ -512,11 +510,12 @@ def to_size(image, size):
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))[..., None]
 
 
-def stand_in_volumes(folder):
-    """Write the drawn volumes into a folder, once, as NIfTI files with LiTS's names. -> the folder
+def stand_in_volumes(folder=""):
+    """Write the drawn volumes into a folder, once, as NIfTI files with LiTS's names. -> the folder, by default datasets/lits-stand-in
 
     Raises DataError for a folder that cannot be written, or that holds volumes which were not drawn.
     """
+    folder = Path(folder or "datasets/lits-stand-in")
     mark, text = folder / STAND_IN_MARK, "Drawn by FedGS's standin.py (version 1): these volumes are not LiTS.\n"
     if mark.exists() and mark.read_text(errors="replace") == text:
         return folder

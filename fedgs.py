@@ -510,7 +510,7 @@ def run(config, why="as given", federation=None, processes=ALONE):
     if config.resume:
         history, best = processes.from_first(lambda: runs.load_progress(folder, server, config))
         processes.share(server.state)
-    processes.from_first(lambda: folder.mkdir(parents=True, exist_ok=True) or runs.write(folder / "config.json", runs.to_json(record)))
+    processes.from_first(lambda: runs.write(folder / "config.json", runs.to_json(record)))
     print(header(config, why, root, federation, flat, device, which_kernels, folder, processes), flush=True)
 
     clients = [images.to(device) for images in federation.train.values()]
@@ -580,15 +580,15 @@ def checkpoint(network, config, source, round_):
 
 
 def load_data(config, root, processes=ALONE):
-    """The data set of a configuration, of a process's own centres, with the facts about all. -> data.Federation"""
-    if root is None and config.dataset == "lits" and processes.count > 1:  # it is drawn once
-        root = processes.from_first(lambda: data.stand_in_volumes(Path(config.cache or "datasets/lits-stand-in")))
+    """The data set of a configuration: a process's own centres, and the facts about all. -> data.Federation"""
+    cache = config.cache
+    if root is None and config.dataset == "lits":  # one process draws it for all
+        root, cache = processes.from_first(lambda: data.stand_in_volumes(config.cache)), ""
     work = processes.from_first(lambda: {k: data.work(config.dataset, root, k) for k in config.centres})
     held_out = {config.out_centre: work.pop(config.out_centre)}
     here = processes.spread(work, held_out)
     how = (root, config.centres, config.out_centre, config.image_size, config.tau, config.split, config.fold, here)
-    load = functools.partial(data.lits, *how, config.cache) if config.dataset == "lits" else functools.partial(data.polypgen, *how)
-    federation = processes.agree(load)
+    federation = processes.agree(lambda: data.lits(*how, cache) if config.dataset == "lits" else data.polypgen(*how))
     facts = processes.union(federation.facts)
     federation.facts = {k: facts[k] for k in (*work, *held_out)}
     return federation
@@ -795,7 +795,6 @@ def evaluate_checkpoint(path, given):
     title = f"{path.name}: {describe_model(config)} on {federation.source}"
     results, files = test(network, federation, config, {path.stem: path}, title)
     if config.out:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
         for name, content in {**files, "results.json": runs.to_json(results)}.items():
             runs.write(Path(config.out) / name, content)
     return results

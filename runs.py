@@ -150,7 +150,11 @@ def load_weights(network, state, path):
 
 
 def write(path, content):
-    """Write a file whole or not at all: text, a figure (as its suffix says), or what torch.save takes. Raises OSError."""
+    """Write a file, and its folder, whole or not at all: text, a figure (as its suffix says), or what torch.save takes.
+
+    Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     file = io.BytesIO()
     if isinstance(content, str):
         file.write(content.encode())
