@@ -442,7 +442,7 @@ def training_loss(network, images, masks, noise, precision="fp32"):
 class Server:
     """The server's state (parameters, buffers, counters) and, with momentum, its velocity."""
 
-    GROUP = 8  # updates that are in memory together, however many clients there are
+    GROUP = 8  # updates that are in memory together, however many clients a process has
 
     def __init__(self, flat, kernels=PYTORCH):
         self.state = flat.state()
@@ -495,7 +495,7 @@ def run(config, why="as given", federation=None, processes=ALONE):
     """
     check(config)
     device = choose_device(config)
-    torch.backends.cudnn.deterministic = True  # a CPU is repeatable as it is; this is cuDNN's part of it on a GPU
+    torch.backends.cudnn.deterministic = True  # a CPU is repeatable as it is; a GPU adds up the gradients of resizing in any order
     torch.backends.cudnn.allow_tf32 = False  # fp32 is float32
     reuse_freed_memory()
     kernels, which_kernels = choose_kernels(config.kernels, device)
@@ -538,7 +538,7 @@ def run(config, why="as given", federation=None, processes=ALONE):
     results |= {"rounds": len(history), "seconds": sum(row["seconds"] for row in history)}
     if processes.rank == 0:
         files |= {"curves.png": plots.draw_curves(history, title), "results.json": runs.to_json(results)}
-        runs.save_results(folder, files)
+    processes.from_first(lambda: runs.save_results(folder, files))
     print(f"\nin {folder}: {', '.join(files)}, rounds.csv, best.pt, best_small.pt, last.pt")
     return results
 
@@ -584,13 +584,13 @@ def load_data(config, root, processes=ALONE):
     cache = config.cache
     if root is None and config.dataset == "lits":  # one process draws it for all
         root, cache = processes.from_first(lambda: data.stand_in_volumes(config.cache)), ""
-    work = processes.from_first(lambda: {k: data.work(config.dataset, root, k) for k in config.centres})
-    held_out = {config.out_centre: work.pop(config.out_centre)}
-    here = processes.spread(work, held_out)
+    clients, held_out = [k for k in config.centres if k != config.out_centre], [config.out_centre]
+    work = processes.from_first(lambda: {k: data.work(config.dataset, root, k) for k in clients})
+    here = processes.spread(work) + held_out * (processes.rank == 0)
     how = (root, config.centres, config.out_centre, config.image_size, config.tau, config.split, config.fold, here)
     federation = processes.agree(lambda: data.lits(*how, cache) if config.dataset == "lits" else data.polypgen(*how))
     facts = processes.union(federation.facts)
-    federation.facts = {k: facts[k] for k in (*work, *held_out)}
+    federation.facts = {k: facts[k] for k in clients + held_out}
     return federation
 
 
@@ -756,7 +756,7 @@ def open_checkpoint(path, given):
     """
     state, about = runs.read_weights(path)
     if about:
-        free = runs.FREE_ON_RESUME | {"centres", "out_centre"}  # these say where, and on what, it is used
+        free = runs.FREE_ON_RESUME | {"centres", "out_centre", "precision"}  # these say where, and on what, it is used
         known = [f for f in fields(Config) if f.name in about["config"].keys() - runs.FREE_ON_RESUME]
         trained = {f.name: about["config"][f.name] for f in known}
         if not all(is_plausible(f, trained[f.name]) for f in known):
@@ -885,10 +885,10 @@ def shown(value):
 
 
 class Parser(argparse.ArgumentParser):
-    """One line for an error, like every other error here."""
+    """An error here is like every other one."""
 
     def error(self, message):
-        self.exit(2, f"fedgs.py: error: {message} (--help lists the options)\n")
+        raise RunError(f"{message} (--help lists the options)")
 
 
 def parse(arguments=None):
@@ -964,8 +964,8 @@ def run_grid(given, processes=ALONE):
         except RunError as error:
             failures.append(f"{folder}: {error}")
     folders = [str(folder) for folder, *_ in plan if (folder / "results.json").exists()]
-    if folders and processes.rank == 0:
-        print("\n" + metrics.report(metrics.compare(folders)))
+    if folders:
+        print("\n" + processes.from_first(lambda: metrics.report(metrics.compare(folders))))
         print(f"\nto draw it: python metrics.py {' '.join(folders)} --plot comparison.png")
     if failures:
         raise RunError(f"{len(failures)} of {len(plan)} runs failed: " + "; ".join(failures))
@@ -973,10 +973,10 @@ def run_grid(given, processes=ALONE):
 
 def main(arguments=None):
     """The command line. -> exit code: 0, 2 for an error (one line on stderr), 130 when interrupted"""
-    given, use = parse(arguments)
     processes = Processes(READABLE)
     try:
         processes.join()
+        given, use = parse(arguments)
         if use and processes.count > 1:
             raise RunError("--evaluate and --predict are work for one process: start them without torchrun")
         if "evaluate" in use:
@@ -988,7 +988,7 @@ def main(arguments=None):
         else:
             run(*configure(given), processes=processes)
         processes.leave()
-    except READABLE as error:
+    except (*READABLE, OtherEnded) as error:
         if processes.rank == 0 or isinstance(error, OtherEnded):  # the others' errors are process 0's, too
             print(f"fedgs.py: error: {error}", file=sys.stderr)
         return 2

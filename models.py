@@ -101,11 +101,13 @@ def attend(q, k, v, heads, position):
         k, v = resize(k, (GRID, GRID)), resize(v, (GRID, GRID))
 
     def split(x):                                  # (B, C, h, w) -> (B, heads, hw, C / heads)
-        x = x.reshape(batch, channels // heads, heads, -1).permute(0, 2, 3, 1)
-        return x.contiguous() if x.is_cuda else x  # else torch would not choose its fused attention
+        return adjacent(x.reshape(batch, channels // heads, heads, -1).permute(0, 2, 3, 1))
+
+    def adjacent(x):                               # as fused attention wants its rows on a GPU
+        return x.contiguous() if x.is_cuda else x
 
     scale = (channels // heads) ** -0.5
-    bias = position(height, width) * scale         # (heads, HW, 64)
+    bias = adjacent(position(height, width) * scale)  # (heads, HW, 64)
     out = F.scaled_dot_product_attention(split(q), split(k), split(v), attn_mask=bias, scale=scale)
     if q.stride(1) == 1:                           # channels-last
         return out.permute(0, 2, 3, 1).reshape(batch, height, width, channels).permute(0, 3, 1, 2)

@@ -20,11 +20,12 @@ import torch.distributed as dist
 
 from runs import RunError
 
+GO_ON = "the same command with --resume goes on from the last whole round"
 PATIENCE = timedelta(days=7)  # how long one may wait for another; one that died is noticed at once
 
 
-class OtherEnded(RunError):
-    """Another process of the run is gone."""
+class OtherEnded(Exception):
+    """Another process of the run is gone, and no process can go on. Not a RunError, which a grid of runs survives."""
 
 
 class Processes:
@@ -47,10 +48,11 @@ class Processes:
             torch.cuda.set_device(local % torch.cuda.device_count())
         signal.signal(signal.SIGTERM, self.stop)
         with self.talking():
-            dist.init_process_group(timeout=PATIENCE)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         if self.rank:
-            sys.stdout, sys.stderr = open(os.devnull, "w"), NoTerminal(sys.stderr.buffer)
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
+            sys.stderr = NoTerminal(sys.stderr.buffer, errors="backslashreplace", line_buffering=True)
 
     def leave(self):
         """Part from the others, when all is done."""
@@ -59,11 +61,8 @@ class Processes:
 
     def stop(self, *_):
         """SIGTERM: how torchrun ends the others when one has ended."""
-        raise self.ended("torchrun stopped it")
-
-    def ended(self, why):
-        return OtherEnded(f"process {self.rank} of {self.count} ends, as another one did ({why}; its message or torchrun's report "
-                          "says more); the same command with --resume goes on from the last whole round")
+        raise OtherEnded(f"process {self.rank} of {self.count} was stopped, as torchrun was or as another process ended (torchrun's "
+                         f"report says which); {GO_ON}")
 
     @contextlib.contextmanager
     def talking(self):
@@ -71,7 +70,9 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            raise self.ended(str(error).partition("] ")[2].partition(". ")[0] or error) from error  # gloo's file, reason, advice
+            reason = str(error).partition("] ")[2].partition(". ")[0] or error  # gloo says: [its source] reason. Advice
+            raise OtherEnded(f"process {self.rank} of {self.count} lost another one ({reason}; torchrun's report says more); "
+                             f"{GO_ON}") from error
 
     # --------------------------------------------------------------------------------------------- agreement
 
@@ -86,8 +87,8 @@ class Processes:
             problem = str(error)
         with self.talking():
             dist.all_gather_object(problems := [None] * self.count, problem)
-        if problems := list(dict.fromkeys(filter(None, problems))):
-            raise RunError("; ".join(problems))
+        if any(problem is not None for problem in problems):
+            raise RunError("; ".join(dict.fromkeys(problem for problem in problems if problem is not None)))
         return result
 
     def from_first(self, function):
@@ -108,20 +109,19 @@ class Processes:
 
     # ------------------------------------------------------------------------------------ clients and updates
 
-    def spread(self, clients, others):
-        """Share out {centre: work}: the largest client goes to the process that has least to do. -> this process's centres
+    def spread(self, clients):
+        """Share out {centre: work}: the largest client goes to the process that has least to do. -> this process's clients
 
-        others: centres without a client. Raises RunError for more processes than clients.
+        Raises RunError for more processes than clients.
         """
         if self.count > len(clients):
             raise RunError(f"--nproc-per-node {self.count}: there are {len(clients)} clients, so take at most as many processes")
         load, owners = [0] * self.count, {}
-        for part in (clients, others):
-            for centre in sorted(part, key=part.get, reverse=True):
-                owners[centre] = load.index(min(load))
-                load[owners[centre]] += part[centre]
+        for centre in sorted(clients, key=clients.get, reverse=True):
+            owners[centre] = load.index(min(load))
+            load[owners[centre]] += clients[centre]
         self.owners = {centre: owners[centre] for centre in clients}
-        return [centre for centre, owner in owners.items() if owner == self.rank]
+        return [centre for centre, owner in self.owners.items() if owner == self.rank]
 
     def collect(self, updates, like):
         """The updates of all clients, in their order, on process 0; the other processes send theirs, and get none.

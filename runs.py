@@ -60,6 +60,7 @@ def check_same(path, record):
     """Raise RunError where the JSON file tells of another run than record does, or is damaged. -> its content"""
     try:
         earlier, record = json.loads(path.read_text()), json.loads(to_json(record))
+        earlier["config"] = {"precision": "fp32", **earlier["config"]}  # the option is younger than the first runs
         pairs = {name: (earlier[part][name], value) for part in ("config", "data") if part in record
                  for name, value in record[part].items() if name not in FREE_ON_RESUME}
     except (ValueError, KeyError, TypeError) as error:

@@ -97,7 +97,7 @@ def test_a_process_that_dies_ends_the_run_which_can_go_on(root, alone, tmp_path)
     [victim] = [pid for pid in children(run.pid) if b"\0RANK=1\0" in environment(pid)]
     os.kill(victim, signal.SIGKILL)
     _, err = run.communicate(timeout=120)
-    assert run.returncode != 0 and "fedgs.py: error: process 0 of 2 ends, as another one did" in err and "--resume goes on" in err
+    assert run.returncode != 0 and "fedgs.py: error: process 0 of 2 " in err and "--resume goes on" in err
     done = torch.load(folder / "resume.pt", weights_only=True)["history"]
     assert 1 <= len(done) < 1000
     rounds = max(2, len(done) + 1)
@@ -149,16 +149,16 @@ def test_an_error_of_one_process_is_everyones(root, tmp_path):
 def test_clients_are_spread_by_size(clients, count, expected):
     processes = Processes()
     processes.count = count
-    here = processes.spread(clients, {6: 1})
+    here = processes.spread(clients)
     assert processes.owners == expected and list(processes.owners) == list(clients)
-    assert set(here) - {6} == {k for k, owner in expected.items() if owner == 0}
+    assert here == [k for k, owner in expected.items() if owner == 0]
 
 
 def test_more_processes_than_clients():
     processes = Processes()
     processes.count = 3
     with pytest.raises(RunError, match="--nproc-per-node 3: there are 2 clients"):
-        processes.spread({1: 5, 2: 9}, {6: 1})
+        processes.spread({1: 5, 2: 9})
 
 
 def test_a_process_loads_its_own_centres_alone(root):
