@@ -100,11 +100,11 @@ def attend(q, k, v, heads, position):
     if k.shape[-2:] != (GRID, GRID):
         k, v = resize(k, (GRID, GRID)), resize(v, (GRID, GRID))
 
-    def split(x):                                  # (B, C, h, w) -> (B, heads, hw, C / heads)
-        return adjacent(x.reshape(batch, channels // heads, heads, -1).permute(0, 2, 3, 1))
-
     def adjacent(x):                               # as fused attention wants its rows on a GPU
         return x.contiguous() if x.is_cuda else x
+
+    def split(x):                                  # (B, C, h, w) -> (B, heads, hw, C / heads)
+        return adjacent(x.reshape(batch, channels // heads, heads, -1).permute(0, 2, 3, 1))
 
     scale = (channels // heads) ** -0.5
     bias = adjacent(position(height, width) * scale)  # (heads, HW, 64)

@@ -60,10 +60,9 @@ def check_same(path, record):
     """Raise RunError where the JSON file tells of another run than record does, or is damaged. -> its content"""
     try:
         earlier, record = json.loads(path.read_text()), json.loads(to_json(record))
-        earlier["config"] = {"precision": "fp32", **earlier["config"]}  # the option is younger than the first runs
-        pairs = {name: (earlier[part][name], value) for part in ("config", "data") if part in record
+        pairs = {name: (earlier[part].get(name), value) for part in ("config", "data") if part in record
                  for name, value in record[part].items() if name not in FREE_ON_RESUME}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path} is damaged ({error!r}): choose another --out") from error
     changed = [f"{name} {old}, now {new}" for name, (old, new) in pairs.items() if old != new]
     if changed:

@@ -125,7 +125,7 @@ setup(
     description="Federated Gradient Scaling for heterogeneous medical image segmentation",
     license="MIT",
     python_requires=">=3.10",
-    py_modules=["fedgs", "models", "data", "standin", "metrics", "inference", "plots", "runs"],
+    py_modules=["fedgs", "models", "data", "standin", "metrics", "inference", "plots", "runs", "processes"],
     packages=["csrc"],
     ext_modules=[Extension("csrc._kernels", sources=["csrc/bindings.cpp"], optional=True)],  # the sources are ninja's affair
     cmdclass={"build_ext": BuildKernels},

@@ -104,3 +104,8 @@ def test_cuda_kernels_load_and_store_16_bytes_at_a_time(tmp_path):
     assert counts["adamw_kernelILi4ELb1EEEv"] == [5, 4] and counts["adamw_kernelILi4ELb0EEEv"] == [4, 3]
     assert counts["aggregate_kernelILi4EEEv"] == [4 + 4, 4]  # for each of a thread's four: theta and an update; out
     assert [counts[f"mask_difficulty_kernelI{pixel}EEv"] for pixel in "hfl"] == [[4, 0]] * 3
+
+
+def test_every_module_is_installed():
+    named = set(re.search(r"py_modules=\[(.*?)\]", (ROOT / "setup.py").read_text())[1].replace('"', "").split(", "))
+    assert named == {path.stem for path in ROOT.glob("*.py")} - {"setup"}
