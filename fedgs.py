@@ -868,7 +868,7 @@ def header(config, why, root, federation, flat, device, which_kernels, folder, p
     }
     if processes.count > 1:
         lines["clients"] = "; ".join(f"process {rank}: " + " ".join(f"C{k}" for k, owner in processes.owners.items() if owner == rank)
-                                     for rank in range(processes.count)) + f" ({torch.get_num_threads()} threads each)"
+                                     for rank in range(processes.count)) + f" (threads of each: {torch.get_num_threads()})"
     return "\n".join(f"{name:<9}{text}" for name, text in lines.items())
 
 
