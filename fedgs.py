@@ -674,6 +674,7 @@ def test(network, federation, config, checkpoints, title, processes=ALONE):
     -> content of results.json, {file name: content} for what a folder keeps: tables, and pictures of the first checkpoint
     (from process 0, of its own images)
     """
+    splits = {"in_test": [k for k in federation.facts if k != config.out_centre], "out_test": [config.out_centre]}
     own = [("in_test", images) for images in federation.in_test.values()]
     own += [("out_test", federation.out_test)] if federation.out_test else []
     results, scores, lesions, pictures = {}, [], [], {}
@@ -685,7 +686,7 @@ def test(network, federation, config, checkpoints, title, processes=ALONE):
         tested = processes.union({part.images.centre: describe_test(name, split, part, config, federation.source)
                                   for split, part in evaluations})
         results[name] = {"round": round_}
-        for split, centres in (("in_test", [k for k in federation.facts if k != config.out_centre]), ("out_test", [config.out_centre])):
+        for split, centres in splits.items():
             results[name][split] = metrics.means(sum(tested[k].tally for k in centres))
             results[name][f"{split}_by_centre"] = {f"C{k}": metrics.means(tested[k].tally) for k in centres}
             scores += [row for k in centres for row in tested[k].scores]

@@ -42,7 +42,8 @@ class Processes:
         """Meet the other processes, if torchrun started some. Cores and GPUs are shared out; process 0 has the terminal."""
         if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
             return
-        self.rank, self.count, local, here = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        self.rank, self.count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local, here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
         torch.set_num_threads(max(1, available_cores() // here))
         if torch.cuda.is_available():
             torch.cuda.set_device(local % torch.cuda.device_count())
