@@ -99,7 +99,7 @@ class Federation:
     source: str  # where the images come from, for every table, plot and file
     rule: str  # by what slices or size flags were chosen, where no published flags are used
     size: int  # side of the images
-    facts: dict = field(default_factory=dict)  # {centre: Facts}, the held-out one last
+    facts: dict = field(default_factory=dict)  # {centre: Facts}
     out_test: Images | None = None
     train: dict = field(default_factory=dict)
     validation: dict = field(default_factory=dict)
@@ -158,7 +158,7 @@ def federate(federation, loaded, flagged, out_centre, units, split, fold):
     flagged: {centre: number of published flags used}; units: {centre: lists of indices that stay together, in the order in
     which the rules of the split count them}
     """
-    for images in sorted(loaded, key=lambda images: images.centre == out_centre):
+    for images in loaded:
         lost = count_as_empty(images)
         if images.centre == out_centre:
             federation.out_test, parts = images, [images]

@@ -49,7 +49,7 @@ import metrics
 import plots
 import runs
 from models import CODE, SDUTNet, UTNet
-from processes import OtherEnded, Processes
+from processes import GO_ON, OtherEnded, Processes
 from runs import RunError
 
 __version__ = "0.1.0"
@@ -320,8 +320,10 @@ class Update:
         return self.steps if config.method == "fedgs" else self.images
 
     def without_vectors(self):
-        """What rounds.csv needs of it; the vectors' memory is free again."""
-        return replace(self, delta=None, buffers=None, counters=None)
+        """What rounds.csv needs of it, on the CPU, where any process can read it; the vectors' memory is free again."""
+        numbers = {name: getattr(self, name).cpu() for name in ("loss", "eta", "scaled")}
+        terms = {name: x.cpu() for name, x in self.terms.items()}
+        return replace(self, delta=None, buffers=None, counters=None, terms=terms, **numbers)
 
 
 class Batch(NamedTuple):
@@ -469,7 +471,7 @@ class Server:
             moved, _, fine = self.aggregate(moved, [u.delta for u in group], weights, rate)
             mean, _, buffers_fine = self.aggregate(mean, [u.buffers for u in group], weights, -1.0)
             counts += sum(weight * u.counters.double() for weight, u in zip(weights, group))
-            finite += (fine & buffers_fine & torch.stack([u.loss for u in group]).isfinite()).tolist()
+            finite += [ok and math.isfinite(u.loss) for ok, u in zip((fine & buffers_fine).tolist(), group)]
             seen += [u.without_vectors() for u in group]
             del group[:]  # before the next ones come
         if bad := [f"C{u.centre}" for u, fine in zip(seen, finite, strict=True) if not fine]:
@@ -585,8 +587,10 @@ def load_data(config, root, processes=ALONE):
     if root is None and config.dataset == "lits":  # one process draws it for all
         root, cache = processes.from_first(lambda: data.stand_in_volumes(config.cache)), ""
     clients, held_out = [k for k in config.centres if k != config.out_centre], [config.out_centre]
-    work = processes.from_first(lambda: {k: data.work(config.dataset, root, k) for k in clients})
-    here = processes.spread(work) + held_out * (processes.rank == 0)
+    here = None  # all of them
+    if processes.count > 1:
+        work = processes.from_first(lambda: {k: data.work(config.dataset, root, k) for k in clients})
+        here = processes.spread(work) + held_out * (processes.rank == 0)
     how = (root, config.centres, config.out_centre, config.image_size, config.tau, config.split, config.fold, here)
     federation = processes.agree(lambda: data.lits(*how, cache) if config.dataset == "lits" else data.polypgen(*how))
     facts = processes.union(federation.facts)
@@ -796,8 +800,7 @@ def evaluate_checkpoint(path, given):
     title = f"{path.name}: {describe_model(config)} on {federation.source}"
     results, files = test(network, federation, config, {path.stem: path}, title)
     if config.out:
-        for name, content in {**files, "results.json": runs.to_json(results)}.items():
-            runs.write(Path(config.out) / name, content)
+        runs.save_results(Path(config.out), {**files, "results.json": runs.to_json(results)})
     return results
 
 
@@ -974,7 +977,7 @@ def run_grid(given, processes=ALONE):
 
 def main(arguments=None):
     """The command line. -> exit code: 0, 2 for an error (one line on stderr), 130 when interrupted"""
-    processes = Processes(READABLE)
+    processes, use = Processes(READABLE), {}
     try:
         processes.join()
         given, use = parse(arguments)
@@ -1000,7 +1003,7 @@ def main(arguments=None):
         print(f"fedgs.py: error: out of memory{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = "what was written stays" if use else "the same command with --resume goes on from the last whole round"
+        hint = "what was written stays" if use else GO_ON
         if processes.rank == 0:
             print(f"\nfedgs.py: interrupted; {hint}", file=sys.stderr)
         return 130
