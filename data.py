@@ -1,36 +1,37 @@
-"""The images: PolypGen and LiTS from disk or their stand-ins, splits, augmentation on the batch.
+"""The images: PolypGen and LiTS from disk or their stand-ins, their splits, and augmentation.
 
-    data = polypgen("datasets/polypgen", centres=(1, 2, 3, 4, 5, 6), out_centre=6, size=512, tau=150)
-    data.train[1].images     # (N, 3, 512, 512) uint8, centre 1's training images
-    data = lits("datasets/lits", centres=(1, 2, 3, 4, 5), out_centre=5, size=512, tau=1000)
-    data.train[1].images     # (N, 1, 512, 512) uint8, slices with a tumour
+    federation = load(
+        "polypgen", find("polypgen"), centres=CENTRES["polypgen"], out_centre="C6",
+        size=512, tau=150, split="fold",
+    )
+    federation.train["C1"].images    # (N, 3, 512, 512) uint8, the training images of centre C1
+    federation.out_test.masks        # (N, 1, 512, 512) uint8, 1 = lesion, of the held-out centre
 
-Everything is decoded once into uint8 tensors; a batch becomes float, is augmented and normalised on the
-training device. PolypGen (Ali et al., Sci Data 10:75, 2023) is read in its own layout, and so is LiTS (Bilic et al.,
-Med Image Anal 84, 2023), from any sub-folders, as .nii or .nii.gz:
+PolypGen (Ali et al., Sci Data 10:75, 2023) is read in its own layout, as .jpg or .png; so is LiTS
+(Bilic et al., Med Image Anal 84, 2023), as .nii or .nii.gz, from any sub-folders:
 
-    data_C1/images_C1/NAME.jpg    data_C1/masks_C1/NAME_mask.jpg    … and so for centres 2 to 6
-    metadata/my_dataDetails_C1.csv …    optional: published size flags (img_name, small_polyp, inv_area)
+    data_C1/images_C1/NAME.jpg    data_C1/masks_C1/NAME_mask.jpg    … and so for C2 to C6
+    metadata/my_dataDetails_C1.csv …  optional: published size flags (img_name, small_polyp)
+    index.csv                         optional: near-duplicates (centre, name, near_dup_group)
+
     volume-0.nii    segmentation-0.nii    … to 130: 0 background, 1 liver, 2 tumour
+
+Whatever the data set, a centre's files are listed as records, decoded once into uint8 tensors of
+the network's size, and split. A batch becomes float, and is augmented and normalised, on the device
+that trains.
 """
 
-import contextlib
-import csv
-import gzip
+import functools
 import hashlib
-import json
-import logging
+import itertools
 import math
-import os
-import re
-import zipfile
-import zlib
+import operator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
-import nibabel
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -38,55 +39,88 @@ from PIL import Image
 from scipy import ndimage
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import pdist, squareform
+from torch import Tensor
 from tqdm import tqdm
 
-import standin
+from support import files, standin, volumes
+from support.errors import UserError
 
-POLYPGEN_CENTRES = (1, 2, 3, 4, 5, 6)
-POLYPGEN_TAU = 150  # the threshold that the published size flags were made with
-RULE_SIZE = 512  # smallness and inverse area are measured on the mask at 512 x 512, whatever the network sees
-LITS_CENTRES = {1: range(30), 2: range(30, 60), 3: range(60, 90), 4: range(90, 120), 5: range(120, 131)}  # volumes
-CENTRES = {"polypgen": POLYPGEN_CENTRES, "lits": tuple(LITS_CENTRES)}
-FILES = {"polypgen": "data_C1 to data_C6", "lits": "volume-0.nii, segmentation-0.nii and so on"}  # by which it is known
+# LiTS's clients are made by the numbers of its volumes.
+LITS_VOLUMES = {
+    "C1": range(30),
+    "C2": range(30, 60),
+    "C3": range(60, 90),
+    "C4": range(90, 120),
+    "C5": range(120, 131),
+}
+CENTRES = {
+    "polypgen": ("C1", "C2", "C3", "C4", "C5", "C6"),
+    "lits": tuple(LITS_VOLUMES),
+}
+FILES = {  # by which a data set is known
+    "polypgen": "data_C1 to data_C6",
+    "lits": "volume-0.nii, segmentation-0.nii and so on",
+}
 
 
-class DataError(ValueError):
-    """Data that cannot be used: the message names the file or option and says what to do."""
+# ------------------------------------------------------------------------------------------ values
+
+
+class Record(NamedTuple):
+    """One image on disk."""
+
+    centre: str
+    name: str
+    image: Path
+    mask: Path
+    group: str  # images of a group stay in one split; empty: nobody has written down the groups
+    small: bool | None  # published size flag; None: by rule
 
 
 @dataclass
 class Images:
     """Images of one centre, decoded."""
 
-    centre: int
-    names: list
-    images: torch.Tensor  # (N, 3, S, S) uint8; (N, 1, S, S) for CT
-    masks: torch.Tensor  # (N, 1, S, S) uint8, 1 = lesion
-    inverse_area: torch.Tensor  # (N,) float64, image pixels / lesion pixels at 512 x 512, CT as it is; inf for an empty mask
-    small: torch.Tensor  # (N,) bool
-    spacing: torch.Tensor  # (N, 2) float64, from row to row and column to column of images: mm for CT, else 1 (pixel)
+    centre: str
+    names: list[str]
+    images: Tensor  # (N, 3, S, S) uint8; (N, 1, S, S) for CT
+    masks: Tensor  # (N, 1, S, S) uint8, 1 = lesion
+    inverse_area: Tensor  # (N,) float64, image pixels / lesion pixels; inf for an empty mask
+    small: Tensor  # (N,) bool
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.names)
 
-    def subset(self, indices):
+    def subset(self, indices: Sequence[int]) -> "Images":
         """The images at these indices, in their order."""
         chosen = torch.tensor(indices, dtype=torch.int64)
-        return Images(self.centre, [self.names[i] for i in indices], *(x[chosen] for x in self.tensors()))
+        return Images(
+            self.centre,
+            [self.names[i] for i in indices],
+            self.images[chosen],
+            self.masks[chosen],
+            self.inverse_area[chosen],
+            self.small[chosen],
+        )
 
-    def to(self, device):
-        """The same images on a device; the per-image facts too, since batches index them there."""
-        return Images(self.centre, self.names, *(x.to(device) for x in self.tensors()))
-
-    def tensors(self):
-        """What there is of each image, in the order of the fields."""
-        return self.images, self.masks, self.inverse_area, self.small, self.spacing
+    def to(self, device: torch.device) -> "Images":
+        """The same images on a device; sizes and flags too, since batches index them there."""
+        return Images(
+            self.centre,
+            self.names,
+            self.images.to(device),
+            self.masks.to(device),
+            self.inverse_area.to(device),
+            self.small.to(device),
+        )
 
 
 class Facts(NamedTuple):
     """What may be known of a centre's data outside it."""
 
-    parts: tuple  # numbers of images: (train, validation, in-test), or of the held-out centre (out-test,)
+    train: int  # numbers of images; the held-out centre has test images alone
+    validation: int
+    test: int
     flagged: int  # images whose published size flags are used
     lost: int  # lesions that vanish at the network's size
     fingerprint: str  # a hash of every name, image, mask and size flag, split by split
@@ -94,577 +128,703 @@ class Facts(NamedTuple):
 
 @dataclass
 class Federation:
-    """What the clients hold, by centre number, and the held-out centre; of other processes' centres the facts alone."""
+    """What the centres hold. Of centres that were not loaded here the facts may be added."""
 
-    source: str  # where the images come from, for every table, plot and file
+    source: str  # what the images are, for every table, picture and file
+    place: str  # where they lie, for people
     rule: str  # by what slices or size flags were chosen, where no published flags are used
     size: int  # side of the images
-    facts: dict = field(default_factory=dict)  # {centre: Facts}
+    out_centre: str  # the centre that is held out for testing
+    facts: dict[str, Facts] = field(default_factory=dict)
+    train: dict[str, Images] = field(default_factory=dict)
+    validation: dict[str, Images] = field(default_factory=dict)
+    in_test: dict[str, Images] = field(default_factory=dict)
     out_test: Images | None = None
-    train: dict = field(default_factory=dict)
-    validation: dict = field(default_factory=dict)
-    in_test: dict = field(default_factory=dict)
 
     @property
-    def notes(self):
+    def notes(self) -> list[str]:
         """What a reader should know about the data, a sentence each."""
-        flagged, lost = (sum(getattr(facts, name) for facts in self.facts.values()) for name in ("flagged", "lost"))
-        images = sum(sum(facts.parts) for facts in self.facts.values())
-        notes = [f"published size flags for {flagged} of {images} images" if flagged else self.rule]
+        everywhere = self.facts.values()
+        images = sum(facts.train + facts.validation + facts.test for facts in everywhere)
+        flagged = sum(facts.flagged for facts in everywhere)
+        lost = sum(facts.lost for facts in everywhere)
+
+        notes = [self.rule]
+        if flagged:
+            notes = [f"published size flags for {flagged} of {images} images"]
         if lost:
-            notes.append(f"{lost} lesions vanish at {self.size}x{self.size}, so their images count as empty")
+            size = f"{self.size}x{self.size}"
+            notes.append(f"{lost} lesions vanish at {size}, so their images count as empty")
         return notes
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all centres' data: a run must go on with the data that it began with."""
+        hashes = [f"{centre} {self.facts[centre].fingerprint}" for centre in sorted(self.facts)]
+        return hashlib.blake2b(" ".join(hashes).encode(), digest_size=8).hexdigest()
 
-def polypgen(root, centres=POLYPGEN_CENTRES, out_centre=6, size=512, tau=POLYPGEN_TAU, split="fold", fold=1, here=None):
-    """PolypGen at root, or the stand-in where root is None, split into clients and a held-out centre.
 
-    centres: those that take part, the held-out one included; here: those of them to load, all if None. split: "fold"
-    (published folds), "centre" (published per-centre split) or "grouped" (fold, near-duplicate frames kept together).
-    Raises DataError for files that are missing or unreadable and centres without images.
+# ----------------------------------------------------------------------------------------- loading
+
+
+def find(dataset: str, root: str = "") -> Path | None:
+    """The folder of a data set. None for the stand-in: if root is "stand-in", or root is empty and
+    there is nothing in datasets/<dataset>.
+
+    Raises UserError where a folder was given that does not hold the data set.
     """
-    centres = [k for k in centres if here is None or k in here]
+    if root == "stand-in":
+        return None
+
+    folder = Path(root or f"datasets/{dataset}")
+    if holds(dataset, folder):
+        return folder
+    if not root:
+        return None
+    problem = f"no {FILES[dataset]} in it" if folder.is_dir() else "no such folder"
+    raise UserError(f"--data-root {root}: {problem}")
+
+
+def holds(dataset: str, folder: Path) -> bool:
+    """Whether a folder holds any of a data set."""
+    if dataset == "lits":
+        return any(kind == "volume" for kind, _, _ in volumes.nifti_files(folder))
+    return any((folder / f"data_{centre}").is_dir() for centre in CENTRES["polypgen"])
+
+
+def workload(dataset: str, root: Path | None, centre: str) -> int:
+    """How much there is of a centre, before any of it is read: its images, or its CT volumes."""
+    if dataset == "polypgen":
+        if root is None:
+            return standin.frames_of(centre)
+        return len(list_pairs(root, centre))
+
     if root is None:
-        drawn = tqdm(centres, desc="drawing the stand-in", unit="centre", leave=False, disable=None)
-        source, loaded, flagged = "PolypGen stand-in", [stand_in_images(centre, size, tau) for centre in drawn], {}
+        return standin.LITS[centre].volumes
+    numbers = [number for kind, number, _ in volumes.nifti_files(root) if kind == "volume"]
+    return sum(number in LITS_VOLUMES[centre] for number in numbers)
+
+
+def load(
+    dataset: str,
+    root: Path | None,
+    *,
+    centres: Sequence[str],
+    out_centre: str,
+    size: int,
+    tau: float,
+    split: str,
+    fold: int = 1,
+    only: Sequence[str] | None = None,
+    cache: str = "",
+) -> Federation:
+    """Read a data set, and split it into clients and a held-out centre.
+
+    root: its folder, or None for the stand-in; centres: those that take part, the held-out one
+    included; size: side of the images; tau: a lesion is small if it covers at most 1/tau of its
+    image; split: "fold" (published folds), "centre" (published per-centre split) or "grouped"
+    (folds, near-duplicate frames kept together); only: the centres to load here, None for all;
+    cache: folder for what is drawn or decoded once, by default beside the data.
+    Raises UserError for files that are missing or unreadable, centres without images, and a cache
+    that cannot be written.
+    """
+    wanted = [centre for centre in centres if only is None or centre in only]
+    clients = [centre for centre in wanted if centre != out_centre]
+
+    # A stand-in is read as the real thing is.
+    place = f"in {root}"
+    if root is None:
+        known = f"for real ones put {FILES[dataset]} into datasets/{dataset} or name their folder"
+        place = f"drawn images ({known} with --data-root)"
+        root = draw_stand_in(dataset, wanted, size, cache)
+        cache = ""
+
+    # All files are listed before the first is read: what is missing is said at once.
+    if dataset == "lits":
+        records = list_lits(root, wanted, Path(cache or root / "fedgs-cache"))
+        source = "LiTS"
+        rule = f"slices with more than {volumes.TUMOUR_PIXELS} tumour pixels"
     else:
-        source, (loaded, flagged) = "PolypGen", read_polypgen(Path(root), centres, size, tau)
-    units = {images.centre: near_duplicates(root, images) if split == "grouped" else [[i] for i in range(len(images))]
-             for images in loaded if images.centre != out_centre}
-    return federate(Federation(source, "size flags by rule", size), loaded, flagged, out_centre, units, split, fold)
+        records = list_polypgen(root, wanted, tau, clients if split == "grouped" else [])
+        source = "PolypGen"
+        rule = "size flags by rule"
 
+    drawn = is_drawn(dataset, root, wanted)
+    if drawn:
+        source += " stand-in"
+    federation = Federation(source, place, rule, size, out_centre)
 
-def lits(root, centres=tuple(LITS_CENTRES), out_centre=5, size=512, tau=1000, split="centre", fold=1, here=None, cache=""):
-    """The slices with a tumour of LiTS at root, or of the stand-in where root is None: clients and a held-out centre.
+    for centre in wanted:
+        of_centre = [record for record in records if record.centre == centre]
+        images = decode(of_centre, dataset, size, tau)
+        units = units_of(of_centre, images)
 
-    A client holds the volumes of its numbers; no volume is in two splits. split: "centre" (published per-centre split) or
-    "fold" (five folds), both of volumes. centres, here: as for polypgen. cache: a folder for decoded slices; default:
-    root/fedgs-cache.
-    Raises DataError for files that are missing, unreadable or not LiTS, centres without tumours, an unwritable cache.
-    """
-    centres = [k for k in centres if here is None or k in here]
-    if root is None:
-        root = stand_in_volumes(cache)
-        cache = root / "fedgs-cache"
-    drawn = any((path.parent / STAND_IN_MARK).exists() for _, _, path in nifti_files(root))
-    loaded, units = read_lits(Path(root), centres, size, tau, Path(cache or Path(root) / "fedgs-cache"))
-    empty = Federation("LiTS stand-in" if drawn else "LiTS", f"slices with more than {TUMOUR_PIXELS} tumour pixels", size)
-    return federate(empty, loaded, {}, out_centre, units, split, fold)
-
-
-def federate(federation, loaded, flagged, out_centre, units, split, fold):
-    """Split the centres' images into the parts of a Federation. -> the federation
-
-    flagged: {centre: number of published flags used}; units: {centre: lists of indices that stay together, in the order in
-    which the rules of the split count them}
-    """
-    for images in loaded:
-        lost = count_as_empty(images)
-        if images.centre == out_centre:
-            federation.out_test, parts = images, [images]
-        else:
-            parts = [images.subset(indices) for indices in split_units(units[images.centre], split, fold)]
-            for part, chosen in zip((federation.train, federation.validation, federation.in_test), parts, strict=True):
-                part[images.centre] = chosen
-        numbers = tuple(len(part) for part in parts)
-        federation.facts[images.centre] = Facts(numbers, flagged.get(images.centre, 0), lost, hash_of(parts))
+        # A stand-in brings its flags along, but nobody has published them.
+        flagged = sum(record.small is not None for record in of_centre)
+        if drawn:
+            flagged = 0
+        add_centre(federation, images, units, split, fold, flagged)
     return federation
 
 
-def count_as_empty(images):
-    """Treat images whose lesion vanished in resizing as the empty ones they have become. -> their number"""
-    lost = (images.masks.flatten(1).amax(1) == 0) & images.inverse_area.isfinite()
-    images.inverse_area[lost], images.small[lost] = math.inf, False
-    return int(lost.sum())
+def add_centre(
+    federation: Federation,
+    images: Images,
+    units: Sequence[Sequence[int]],
+    split: str,
+    fold: int,
+    flagged: int,
+) -> None:
+    """Split one centre's images, and add them and their facts to a federation."""
+    centre = images.centre
+    lost = count_as_empty(images)
 
-
-def hash_of(parts):
-    """A hash of every name, image, mask and size flag of these Images."""
-    digest = hashlib.blake2b(digest_size=8)
-    for images in parts:
-        digest.update(" ".join(images.names).encode())
-        for tensor in (images.images, images.masks, images.small):
-            digest.update(tensor.numpy())
-    return digest.hexdigest()
-
-
-def fingerprint(federation):
-    """A hash of all centres' hashes: a run must go on with the data it began with."""
-    text = " ".join(f"{centre} {facts.fingerprint}" for centre, facts in sorted(federation.facts.items()))
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def work(dataset, root, centre):
-    """How much there is of a centre, before anything of it is loaded: its number of images, or of CT volumes."""
-    if dataset == "lits":
-        return sum(kind == "volume" and number in LITS_CENTRES[centre] for kind, number, _ in nifti_files(root))
-    return standin.POLYPGEN[centre][0] if root is None else len(list_pairs(Path(root), centre))
-
-
-def find(dataset, root=""):
-    """The folder of a data set, or None for the stand-in: root "stand-in", or no root and nothing in datasets/<dataset>.
-
-    Raises DataError where a folder was given that does not hold it.
-    """
-    folder = Path(root or f"datasets/{dataset}")
-    if dataset == "polypgen":
-        held = any((folder / f"data_C{k}").is_dir() for k in POLYPGEN_CENTRES)
+    # The held-out centre only tests.
+    if centre == federation.out_centre:
+        train = validation = images.subset([])
+        test = images
+        federation.out_test = test
     else:
-        held = any(kind == "volume" for kind, _, _ in nifti_files(folder))
-    found = root != "stand-in" and held
-    if root and root != "stand-in" and not found:
-        raise DataError(f"--data-root {root}: " + (f"no {FILES[dataset]} in it" if folder.is_dir() else "no such folder"))
-    return folder if found else None
+        indices = split_units(units, split, fold)
+        train, validation, test = (images.subset(part) for part in indices)
+        federation.train[centre] = train
+        federation.validation[centre] = validation
+        federation.in_test[centre] = test
 
-
-# ------------------------------------------------------------------------------------ PolypGen on disk
-
-
-def stand_in_images(centre, size, tau):
-    """One centre of the stand-in, as if it had been read from disk. -> Images"""
-    images, masks = standin.polypgen_frames(centre, round(standin.STAND_IN_SHARE * standin.POLYPGEN[centre][0]), size)
-    names = [f"stand-in_C{centre}_{i:04d}" for i in range(len(images))]
-    nearest = (np.arange(RULE_SIZE) * size) // RULE_SIZE
-    at_rule_size = masks[:, nearest][:, :, nearest]
-    inverse_areas, small = zip(*((inverse_area(mask), is_small(mask, tau)) for mask in at_rule_size))
-    return collect(centre, names, images, masks, inverse_areas, small)
-
-
-def read_polypgen(root, centres, size, tau):
-    """Read these centres of PolypGen. -> list of Images, {centre: number of images with a published size flag}"""
-    pairs = [(centre, *pair) for centre in centres for pair in list_pairs(root, centre)]
-    with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes outside the interpreter lock
-        jobs = pool.map(lambda pair: read_pair(pair[1], pair[2], size, tau), pairs)
-        decoded = list(tqdm(jobs, total=len(pairs), desc="reading PolypGen", unit="image", leave=False, disable=None))
-    loaded, flagged = [], {}
-    for centre in centres:
-        published = read_size_flags(root, centre) if tau == POLYPGEN_TAU else {}
-        names, rows = zip(*((image.name, row) for (c, image, _), row in zip(pairs, decoded, strict=True) if c == centre))
-        pixels, masks, inverse_areas, by_rule = zip(*rows)
-        small = [published.get(name, flag) for name, flag in zip(names, by_rule)]
-        flagged[centre] = sum(name in published for name in names)
-        loaded.append(collect(centre, [Path(name).stem for name in names], pixels, masks, inverse_areas, small))
-    return loaded, flagged
-
-
-def list_pairs(root, centre):
-    """The (image, mask) paths of a centre, sorted by image file name. Raises DataError naming what is missing."""
-    folder, masks = root / f"data_C{centre}" / f"images_C{centre}", root / f"data_C{centre}" / f"masks_C{centre}"
-    images = sorted(folder.glob("*.jpg"), key=lambda path: path.name)
-    if not images:
-        raise DataError(f"no readable .jpg images in {folder}: centre {centre} has no data (leave it out with --centres)")
-    pairs = [(image, masks / f"{image.stem}_mask.jpg") for image in images]
-    for image, mask in pairs:
-        if not mask.exists():
-            raise DataError(f"{image} has no mask: {mask} is missing")
-    if left := sorted(set(masks.glob("*.jpg")) - {mask for _, mask in pairs}):
-        raise DataError(f"{left[0]} has no image: the mask of NAME.jpg in {folder} is NAME_mask.jpg")
-    return pairs
-
-
-def read_pair(image_path, mask_path, size, tau):
-    """-> image (S, S, 3) uint8, mask (S, S) bool, inverse area, small. Raises DataError naming the file."""
-    image, mask = open_image(image_path, "RGB"), open_image(mask_path, "L")
-    if abs(image.width * mask.height - image.height * mask.width) > 0.01 * image.width * mask.height:
-        raise DataError(f"{mask_path} is {mask.width}x{mask.height}, its image {image.width}x{image.height}")
-    lesion = mask.point(lambda grey: 255 * (grey > 128))
-    at_rule_size = np.asarray(lesion.resize((RULE_SIZE, RULE_SIZE), Image.Resampling.NEAREST)) > 0
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
-    mask = np.asarray(lesion.resize((size, size), Image.Resampling.NEAREST)) > 0
-    return pixels, mask, inverse_area(at_rule_size), is_small(at_rule_size, tau)
-
-
-def open_image(path, mode):
-    """A fully decoded Pillow image. Raises DataError naming the file."""
-    try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":  # converting would cut values off
-                raise DataError(f"{path} has pixels of type {image.mode}: save it with 8 bits a channel")
-            return image.convert(mode)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: how some decoders call damage
-        raise DataError(f"cannot read {path}: {error}") from error
-
-
-def read_size_flags(root, centre):
-    """A centre's published size flags beside the data, {image file name: small}; empty where there are none."""
-    path = root / "metadata" / f"my_dataDetails_C{centre}.csv"
-    flags, truth = {}, {"true": True, "1": True, "false": False, "0": False}
-    for row in read_table(path, ("img_name", "small_polyp")) if path.exists() else []:
-        small = row["small_polyp"].strip().lower()
-        if small not in truth:
-            raise DataError(f"{path}: small_polyp of {row['img_name']} is {row['small_polyp']!r}, neither True nor False")
-        flags[PureWindowsPath(row["img_name"]).name] = truth[small]  # either kind of slash
-    return flags
-
-
-def read_table(path, columns):
-    """The rows of a CSV file as dictionaries. Raises DataError for another kind of file and for missing columns."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-    if any(row.get(column) is None for row in rows for column in columns):
-        raise DataError(f"{path}: every row needs the columns {', '.join(columns)}")
-    return rows
-
-
-def collect(centre, names, images, masks, inverse_areas, small, spacing=None):
-    """Lists of one centre's decoded images -> Images. spacing: of the pixels in mm, where it is known"""
-    return Images(
-        centre,
-        names,
-        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
-        torch.from_numpy(np.stack(masks)[:, None].astype(np.uint8)),
-        torch.tensor(inverse_areas, dtype=torch.float64),
-        torch.tensor(small),
-        torch.tensor(spacing or [(1.0, 1.0)] * len(names), dtype=torch.float64),
+    fingerprint = hash_of([train, validation, test])
+    federation.facts[centre] = Facts(
+        len(train), len(validation), len(test), flagged, lost, fingerprint
     )
 
 
-# ---------------------------------------------------------------------------------------- LiTS on disk
-
-WINDOW = (-200, 200)  # Hounsfield units that become 0 and 255
-TUMOUR_PIXELS = 50  # slices with more of them are kept
-BLOCK = 16  # slices that are decoded at a time
-DAMAGE = (OSError, EOFError, ValueError, zlib.error)  # what reading a damaged file raises
-STAND_IN_MARK = "STAND-IN.txt"  # lies in the folder of drawn volumes, so that nobody takes them for LiTS
+def draw_stand_in(dataset: str, centres: Sequence[str], size: int, cache: str) -> Path:
+    """Draw the stand-in of these centres where it is not there yet. -> its folder"""
+    if dataset == "lits":
+        return standin.draw_lits(cache, {centre: LITS_VOLUMES[centre] for centre in centres})
+    return standin.draw_polypgen(cache, centres, size, is_small)
 
 
-def read_lits(root, centres, size, tau, cache):
-    """-> list of Images, {centre: its volumes as lists of indices}"""
-    files = find_volumes(root)
-    numbers = {centre: sorted(LITS_CENTRES[centre], key=lambda i: f"image{i}_") for centre in centres}  # the published order
-    loaded, units = [], {}
-    with tqdm(total=sum(i in files for centre in centres for i in numbers[centre]), desc="reading LiTS", unit="volume",
-              leave=False, disable=None) as progress:
-        for centre in centres:
-            rows, units[centre] = [], []
-            for number in numbers[centre]:
-                if number in files:
-                    start = len(rows)
-                    rows += slices_at_size(number, cached_slices(number, *files[number], cache), size)
-                    progress.update()
-                    if len(rows) > start:
-                        units[centre].append(list(range(start, len(rows))))
-            if not rows:
-                raise DataError(f"{root}: no slice with a tumour for centre {centre}, volumes {min(numbers[centre])} to "
-                                f"{max(numbers[centre])} (leave it out with --centres)")
-            names, images, masks, inverse_areas, spacing = zip(*rows)
-            small = [a >= tau for a in inverse_areas]
-            loaded.append(collect(centre, list(names), images, masks, inverse_areas, small, spacing))
-    return loaded, units
+def is_drawn(dataset: str, root: Path, centres: Sequence[str]) -> bool:
+    """Whether anything in a data set's folder is the stand-in's, whoever named the folder."""
+    folders = {root}
+    if dataset == "lits":
+        folders.update(path.parent for _, _, path in volumes.nifti_files(root))
+    else:
+        # A link to one of its centres does not lead past the mark.
+        folders.update((root / f"data_{centre}").resolve().parent for centre in centres)
+    return any(standin.is_marked(folder) for folder in folders)
 
 
-def find_volumes(root):
-    """{number: (volume, segmentation)} of the NIfTI files in root and below. Raises DataError naming what is missing."""
-    found = {"volume": {}, "segmentation": {}}
-    for kind, number, path in nifti_files(root):
-        if number in found[kind]:
-            raise DataError(f"{path} and {found[kind][number]} are the same {kind}: keep one of them")
-        if number > LITS_CENTRES[5][-1]:
-            raise DataError(f"{path}: LiTS numbers its volumes from 0 to {LITS_CENTRES[5][-1]}")
-        found[kind][number] = path
-    volumes, segmentations = found["volume"], found["segmentation"]
-    for files, others, name in ((volumes, segmentations, "segmentation"), (segmentations, volumes, "volume")):
-        if missing := files.keys() - others:
-            first = min(missing)
-            raise DataError(f"{files[first]} has no {name}: {name}-{first}.nii or .nii.gz is missing in {root}")
-    return {number: (volumes[number], segmentations[number]) for number in volumes}
+def count_as_empty(images: Images) -> int:
+    """Treat images whose lesion vanished in resizing as the empty ones that they have become.
 
-
-def nifti_files(root):
-    """LiTS's files in root and below, in order -> [("volume" or "segmentation", number, path)]"""
-    paths = sorted(Path(folder) / name for folder, _, names in os.walk(root, followlinks=True) for name in names)
-    matches = ((path, re.fullmatch(r"(volume|segmentation)-(\d+)\.nii(\.gz)?", path.name)) for path in paths)
-    return [(match[1], int(match[2]), path) for path, match in matches if match and path.is_file()]
-
-
-class Slices(NamedTuple):
-    """The slices of a CT volume that are kept, as they are in the file."""
-
-    numbers: np.ndarray  # (n,)
-    images: np.ndarray  # (n, H, W) uint8, see window
-    masks: np.ndarray  # (n, H, W) bool
-    spacing: np.ndarray  # (2,) mm, from row to row and from column to column
-
-
-def cached_slices(number, volume, segmentation, cache):
-    """read_slices, through a file in the cache that is made anew where it is missing, stale or damaged."""
-    path = cache / f"volume-{number}.npz"
-    sources = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in (volume, segmentation)]
-    key = json.dumps([WINDOW, TUMOUR_PIXELS, sources])
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            if str(stored["key"]) == key:
-                shape = tuple(stored["shape"])
-                masks = np.unpackbits(stored["masks"], count=math.prod(shape)).reshape(shape).astype(bool)
-                return Slices(stored["numbers"], stored["images"].reshape(shape), masks, stored["spacing"])
-    except (*DAMAGE, KeyError, TypeError, RuntimeError, zipfile.BadZipFile):
-        pass  # not there, or not whole; zipfile raises RuntimeErrors, too
-    slices = read_slices(volume, segmentation)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as new:
-            np.savez_compressed(new, key=key, shape=slices.images.shape, **slices._replace(masks=np.packbits(slices.masks))._asdict())
-    except OSError as error:
-        why = error.strerror or error
-        raise DataError(f"cannot write the cache {cache} ({why}): choose another folder with --cache") from error
-    return slices
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A new file beside path: it takes path's place when the block ends well, and is gone when it does not."""
-    new = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield new
-        os.replace(new, path)
-    except BaseException:  # an interruption, too
-        with contextlib.suppress(OSError):
-            new.unlink()
-        raise
-
-
-def read_slices(volume_path, segmentation_path):
-    """The slices (along the third axis) of a CT volume with more than 50 pixels of tumour, as they are in the file.
-
-    -> Slices. At no time are more than 16 slices in memory beside them. Raises DataError naming the file.
+    -> their number
     """
-    volume, segmentation = open_nifti(volume_path), open_nifti(segmentation_path)
-    if volume.shape != segmentation.shape:
-        raise DataError(f"{segmentation_path} is of shape {segmentation.shape}, its volume {volume.shape}")
-    for path, image in ((volume_path, volume), (segmentation_path, segmentation)):
-        check_whole(path, image)
-    slices, images, masks = [], [np.zeros((0, *volume.shape[:2]), np.uint8)], [np.zeros((0, *volume.shape[:2]), bool)]
-    for start in range(0, volume.shape[2], BLOCK):
-        labels = read_block(segmentation, segmentation_path, start)
-        if not np.isin(labels, (0, 1, 2)).all():
-            other = labels[~np.isin(labels, (0, 1, 2))][0]
-            raise DataError(f"{segmentation_path} holds the label {other:g}; LiTS has 0 (background), 1 (liver), 2 (tumour)")
-        tumour = (labels == 2).transpose(2, 0, 1)
-        kept = np.flatnonzero(tumour.sum((1, 2)) > TUMOUR_PIXELS)
-        if len(kept):
-            images.append(window(read_block(volume, volume_path, start)[..., kept], volume_path))
-            masks.append(tumour[kept])
-            slices.extend(start + kept)
-    spacing = np.array(volume.header.get_zooms()[:2], dtype=np.float64)
-    return Slices(np.array(slices, dtype=np.int64), np.concatenate(images), np.concatenate(masks), spacing)
+    empty = images.masks.flatten(1).amax(dim=1) == 0
+    lost = empty & images.inverse_area.isfinite()
+    images.inverse_area[lost] = math.inf
+    images.small[lost] = False
+    return int(lost.sum())
 
 
-def window(hu, path):
-    """Hounsfield units (H, W, n) as grey values (n, H, W) uint8, -200 to 200 as 0 to 255. Raises DataError naming the file."""
-    hu = hu.astype(np.float32).transpose(2, 0, 1)
-    if not np.isfinite(hu).all():
-        raise DataError(f"{path} holds values that are no numbers")
-    low, high = WINDOW
-    return np.round((np.clip(hu, low, high) - low) * np.float32(255 / (high - low))).astype(np.uint8)
+def hash_of(parts: Sequence[Images]) -> str:
+    """A hash of every name, image, mask and size flag of these parts."""
+    digest = hashlib.blake2b(digest_size=8)
+    for images in parts:
+        digest.update(" ".join(images.names).encode())
+        digest.update(images.images.numpy())
+        digest.update(images.masks.numpy())
+        digest.update(images.small.numpy())
+    return digest.hexdigest()
 
 
-def open_nifti(path):
-    """A NIfTI file whose data is read on demand. Raises DataError naming the file."""
-    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # it would print what is raised here
-    try:
-        image = nibabel.load(path, keep_file_open=True)  # otherwise every block would decompress from the beginning
-    except (*DAMAGE, nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError,
-            nibabel.wrapstruct.WrapStructError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-    if len(image.shape) != 3 or min(image.shape) < 1:
-        raise DataError(f"{path} has {len(image.shape)} dimensions, {image.shape}; a volume has three, and a slice at least")
-    if image.get_data_dtype().kind not in "iuf":
-        raise DataError(f"{path} holds values of type {image.get_data_dtype()}; a volume holds numbers")
-    return image
+# ------------------------------------------------------------------------------- PolypGen's files
 
 
-def check_whole(path, image):
-    """Raise DataError for a NIfTI file that is cut short, or compressed and not what its checksum says."""
-    try:
-        if path.suffix.lower() == ".gz":
-            with gzip.open(path) as file:
-                while file.read(1 << 20):
-                    pass
-        elif path.stat().st_size < image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize:
-            raise EOFError(f"{path.stat().st_size} bytes are too few")
-    except DAMAGE as error:
-        raise DataError(f"cannot read {path}, it is damaged or cut short: {error}") from error
+POLYPGEN_TAU = 150  # the threshold that the published size flags were made with
 
 
-def read_block(image, path, start):
-    """Some slices of an open NIfTI file, (H, W, up to 16). Raises DataError naming the file."""
-    try:
-        return np.asarray(image.dataobj[..., start : start + BLOCK])
-    except DAMAGE as error:
-        raise DataError(f"cannot read {path}, it is damaged or cut short: {error}") from error
+def list_polypgen(
+    root: Path, centres: Sequence[str], tau: float, grouped: Sequence[str]
+) -> list[Record]:
+    """The images of these centres, sorted by file name.
 
-
-def slices_at_size(number, slices, size):
-    """A volume's Slices as the network sees them -> [(name, image (S, S, 1) uint8, mask (S, S) bool, inverse area, spacing)]"""
-    spacing = tuple(slices.spacing * slices.images.shape[1:] / size)
-    for k, image, mask in zip(slices.numbers, slices.images, slices.masks):
-        lesion = np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
-        yield f"volume-{number}_slice-{k}", to_size(image, size), lesion, inverse_area(mask), spacing
-
-
-def to_size(image, size):
-    """A grey slice (H, W) uint8 at the size of the network, (S, S, 1)."""
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))[..., None]
-
-
-def stand_in_volumes(folder=""):
-    """Write the drawn volumes into a folder, once, as NIfTI files with LiTS's names. -> the folder, by default datasets/lits-stand-in
-
-    Raises DataError for a folder that cannot be written, or that holds volumes which were not drawn.
+    grouped: those of them whose near-duplicate frames are to stay together. Published size flags
+    are used where they lie beside the data and tau is theirs. Raises UserError naming what is
+    missing.
     """
-    folder = Path(folder or "datasets/lits-stand-in")
-    mark, text = folder / STAND_IN_MARK, "Drawn by FedGS's standin.py (version 1): these volumes are not LiTS.\n"
-    if mark.exists() and mark.read_text(errors="replace") == text:
-        return folder
-    if not mark.exists() and nifti_files(folder):
-        raise DataError(f"{folder} holds volumes that are not the stand-in's: choose another folder with --cache")
-    total = sum(volumes for volumes, _, _ in standin.LITS.values())
-    affine = np.diag([-0.8 * 512 / standin.LITS_SIDE, -0.8 * 512 / standin.LITS_SIDE, 5.0, 1.0])  # mm
+    records = []
+    for centre in centres:
+        pairs = list_pairs(root, centre)
+        names = [image.stem for image, _ in pairs]
+
+        # Each image is a group of its own, unless near-duplicates are looked for.
+        groups = {name: name for name in names}
+        if centre in grouped:
+            groups = read_groups(root, centre, names)
+
+        # They were made with one threshold, and say nothing of another.
+        flags = {}
+        if tau == POLYPGEN_TAU:
+            flags = read_size_flags(root, centre)
+
+        for name, (image, mask) in zip(names, pairs, strict=True):
+            small = flags.get(image.name)
+            records.append(Record(centre, name, image, mask, groups[name], small))
+    return records
+
+
+def list_pairs(root: Path, centre: str) -> list[tuple[Path, Path]]:
+    """The (image, mask) paths of a centre. Raises UserError naming what is missing."""
+    image_folder = root / f"data_{centre}" / f"images_{centre}"
+    mask_folder = root / f"data_{centre}" / f"masks_{centre}"
+    images = image_files(image_folder)
+    if not images:
+        raise UserError(
+            f"no readable .jpg or .png images in {image_folder}: centre {centre} has no data "
+            "(leave it out with --centres)"
+        )
+
+    pairs = []
+    of_name = {}
+    for image in images:
+        if image.stem in of_name:
+            other = of_name[image.stem]
+            raise UserError(f"{image} and {other} have the same name: keep one of them")
+        of_name[image.stem] = image
+
+        mask = mask_folder / f"{image.stem}_mask{image.suffix}"
+        if not mask.exists():
+            raise UserError(f"{image} has no mask: {mask} is missing")
+        pairs.append((image, mask))
+
+    # A mask that no image has asked for is most likely a misspelt name.
+    masks = {mask for _, mask in pairs}
+    for mask in image_files(mask_folder):
+        if mask not in masks:
+            raise UserError(
+                f"{mask} has no image: the mask of NAME{mask.suffix} in {image_folder} is "
+                f"NAME_mask{mask.suffix}"
+            )
+    return pairs
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images in a folder, sorted by name."""
+    found = [*folder.glob("*.jpg"), *folder.glob("*.png")]
+    return sorted(found, key=operator.attrgetter("name"))
+
+
+def read_size_flags(root: Path, centre: str) -> dict[str, bool]:
+    """A centre's published size flags, {image file name: small}; empty where there are none."""
+    path = root / "metadata" / f"my_dataDetails_{centre}.csv"
+    if not path.exists():
+        return {}
+
+    flags = {}
+    meanings = {"true": True, "1": True, "false": False, "0": False}
+    for row in files.read_csv(path, ("img_name", "small_polyp")):
+        text = row["small_polyp"]
+        small = meanings.get(text.strip().lower())
+        if small is None:
+            raise UserError(
+                f"{path}: small_polyp of {row['img_name']} is {text!r}, neither True nor False"
+            )
+        # The paths in these tables have either kind of slash.
+        flags[PureWindowsPath(row["img_name"]).name] = small
+    return flags
+
+
+def read_groups(root: Path, centre: str, names: Sequence[str]) -> dict[str, str]:
+    """The groups of near-duplicate frames in index.csv, {name: group}; all empty without one.
+
+    Raises UserError for a frame of which the table says nothing.
+    """
+    path = root / "index.csv"
+    if not path.exists():
+        return dict.fromkeys(names, "")
+
+    groups = {}
+    for row in files.read_csv(path, ("centre", "name", "near_dup_group")):
+        if f"C{row['centre']}" == centre:
+            groups[row["name"]] = f"group {row['near_dup_group']}"
+
+    for name in names:
+        if name not in groups:
+            raise UserError(f"{path}: no near_dup_group for centre {centre}, {name}")
+    return groups
+
+
+# ----------------------------------------------------------------------------------- LiTS's files
+
+
+def list_lits(root: Path, centres: Sequence[str], cache: Path) -> list[Record]:
+    """The slices of these centres with a tumour, volume by volume in the published order.
+
+    Slices that are not in the cache yet are cut from their volumes. Raises UserError for volumes
+    that are missing, unreadable or not LiTS, and centres without tumours.
+    """
+    last = LITS_VOLUMES["C5"][-1]
+    for _, number, path in volumes.nifti_files(root):
+        if number > last:
+            raise UserError(f"{path}: LiTS numbers its volumes from 0 to {last}")
+
+    records = []
+    for centre in centres:
+        found = volumes.find_volumes(root, LITS_VOLUMES[centre])
+        numbers = [number for number in published_order(centre) if number in found]
+        before = len(records)
+        for number in tqdm(
+            numbers, desc=f"cutting slices of {centre}", unit="volume", leave=False, disable=None
+        ):
+            volume, segmentation = found[number]
+            for k, grey, mask in volumes.slice_files(number, volume, segmentation, cache):
+                name = f"volume-{number}_slice-{k}"
+                # No patient is in two splits.
+                records.append(Record(centre, name, grey, mask, f"volume-{number}", None))
+
+        if len(records) == before:
+            of_centre = LITS_VOLUMES[centre]
+            raise UserError(
+                f"{root}: no slice with a tumour for centre {centre}, volumes {of_centre[0]} to "
+                f"{of_centre[-1]} (leave it out with --centres)"
+            )
+    return records
+
+
+def published_order(centre: str) -> list[int]:
+    """The numbers of a client's volumes, sorted as the published split sorts them: as text."""
+    texts = sorted(f"image{number}_" for number in LITS_VOLUMES[centre])
+    return [int(text.removeprefix("image").removesuffix("_")) for text in texts]
+
+
+def pixel_spacings(
+    images: Images, data_root: str = "", cache: str = ""
+) -> list[tuple[float, float]]:
+    """Distance from row to row and from column to column of the pixels of each image.
+
+    In mm for CT; 1 pixel for frames, whose physical size nobody knows. data_root, cache: the
+    options that they were loaded with.
+    """
+    size = images.images.shape[-1]
+    if images.images.shape[1] == 3:
+        return [(1.0, 1.0)] * len(images)
+
+    root = find("lits", data_root) or standin.lits_folder(cache)
+    found = volumes.find_volumes(root, LITS_VOLUMES[images.centre])
+    of_volume = {}
+    spacings = []
+    for name in images.names:
+        volume, _, _ = name.partition("_")
+        if volume not in of_volume:
+            path, _ = found[int(volume.removeprefix("volume-"))]
+            of_volume[volume] = volumes.pixel_spacing(path, size)
+        spacings.append(of_volume[volume])
+    return spacings
+
+
+# ---------------------------------------------------------------------------------------- decoding
+
+
+class Decoded(NamedTuple):
+    """One image as the network sees it."""
+
+    pixels: np.ndarray  # (S, S, 3) or (S, S) uint8
+    mask: np.ndarray  # (S, S) bool
+    inverse_area: float
+    small: bool
+
+
+def decode(records: Sequence[Record], dataset: str, size: int, tau: float) -> Images:
+    """Read the images of one centre. Raises UserError naming a file that cannot be used."""
+    # Filled one by one, so that no image is in memory twice.
+    count = len(records)
+    channels = 1 if dataset == "lits" else 3
+    images = np.empty((count, channels, size, size), np.uint8)
+    masks = np.empty((count, 1, size, size), np.uint8)
+    inverse_area = torch.empty(count, dtype=torch.float64)
+    small = torch.empty(count, dtype=torch.bool)
+
+    # Pillow decodes and resizes outside the interpreter lock.
+    read = functools.partial(read_record, dataset=dataset, size=size, tau=tau)
+    with ThreadPoolExecutor() as pool:
+        decoded = tqdm(
+            pool.map(read, records),
+            total=count,
+            desc=f"reading {records[0].centre}",
+            unit="image",
+            leave=False,
+            disable=None,
+        )
+        for i, one in enumerate(decoded):
+            images[i] = one.pixels.reshape(size, size, channels).transpose(2, 0, 1)
+            masks[i, 0] = one.mask
+            inverse_area[i] = one.inverse_area
+            small[i] = one.small
+
+    names = [record.name for record in records]
+    pixels = torch.from_numpy(images)
+    return Images(records[0].centre, names, pixels, torch.from_numpy(masks), inverse_area, small)
+
+
+def read_record(record: Record, dataset: str, size: int, tau: float) -> Decoded:
+    """Read, check, measure and resize one image. Raises UserError naming the file."""
+    image = open_image(record.image, "L" if dataset == "lits" else "RGB")
+    mask = open_image(record.mask, "L")
+
+    # A mask of another shape was cropped, or is that of another image.
+    stretch = abs(image.width * mask.height - image.height * mask.width)
+    if stretch > 0.01 * image.width * mask.height:
+        raise UserError(
+            f"{record.mask} is {mask.width}x{mask.height}, its image {image.width}x{image.height}"
+        )
+
+    # JPEG blurs the edges of masks: lesion is what is brighter than grey.
+    lesion = Image.fromarray(np.asarray(mask) > 128)
+    area, by_rule = measure_lesion(lesion, dataset, tau)
+    small = by_rule if record.small is None else record.small
+
+    pixels = image.resize((size, size), Image.Resampling.BILINEAR)
+    lesion = lesion.resize((size, size), Image.Resampling.NEAREST)
+    return Decoded(np.asarray(pixels), np.asarray(lesion), area, small)
+
+
+def open_image(path: Path, mode: str) -> Image.Image:
+    """A fully decoded image. Raises UserError naming the file."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        mark.write_text(f"Unfinished. {text}")
-        with tqdm(total=total, desc="drawing the stand-in", unit="volume", leave=False, disable=None) as progress:
-            for centre, numbers in LITS_CENTRES.items():
-                for number, (hu, labels) in zip(numbers, standin.lits_volumes(centre)):
-                    for kind, values in (("volume", hu), ("segmentation", labels)):
-                        with replacing(folder / f"{kind}-{number}.nii.gz") as new:
-                            nibabel.Nifti1Image(values, affine).to_filename(new)
-                    progress.update()
-        mark.write_text(text)
-    except OSError as error:
-        raise DataError(f"cannot write the stand-in into {folder} ({error.strerror or error}): choose another folder with "
-                        "--cache") from error
-    return folder
+        with Image.open(path) as image:
+            # Converting pixels of more than 8 bits would cut values off.
+            if image.mode[0] in "IF":
+                raise UserError(
+                    f"{path} has pixels of type {image.mode}: save it with 8 bits a channel"
+                )
+            return image.convert(mode)
+    # Some decoders call damage a SyntaxError.
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
 
 
-# ---------------------------------------------------------------------------------------- size of lesions
+# --------------------------------------------------------------------------------- size of lesions
 
 
-def inverse_area(mask):
+RULE_SIZE = 512  # PolypGen's lesions are measured at 512 x 512, whatever the network sees
+
+
+def measure_lesion(lesion: Image.Image, dataset: str, tau: float) -> tuple[float, bool]:
+    """Inverse area of an image's lesion, and whether it counts as small.
+
+    lesion: its mask, at its own size. The data sets differ in where and what they measure.
+    """
+    # LiTS: all of a slice's tumour, in the slice as it is.
+    if dataset == "lits":
+        area = inverse_area(np.asarray(lesion))
+        return area, tau <= area < math.inf
+
+    # PolypGen: the smallest polyp, after resizing.
+    at_rule_size = lesion.resize((RULE_SIZE, RULE_SIZE), Image.Resampling.NEAREST)
+    mask = np.asarray(at_rule_size)
+    return inverse_area(mask), is_small(mask, tau)
+
+
+def inverse_area(mask: np.ndarray) -> float:
     """Image pixels / lesion pixels of a mask (H, W) bool; inf where it is empty."""
-    return mask.size / mask.sum() if mask.any() else math.inf
+    if not mask.any():
+        return math.inf
+    return float(mask.size / mask.sum())
 
 
-def is_small(mask, tau):
-    """Whether the smallest polyp, an 8-connected component of the mask (H, W), covers at most 1/tau of the image."""
-    components, count = ndimage.label(mask, structure=np.ones((3, 3)))
-    return count > 0 and bool(np.bincount(components.ravel())[1:].min() * tau <= mask.size)
-
-
-# ------------------------------------------------------------------------------------------------ splits
-
-
-def split_units(units, split, fold):
-    """Indices (train, validation, in_test) of one centre by the published rules.
-
-    units: lists of indices that stay together, in the order of sorted file names.
+def is_small(mask: np.ndarray, tau: float = POLYPGEN_TAU) -> bool:
+    """Whether the smallest polyp, an 8-connected component of the mask (H, W) bool, covers at most
+    1/tau of the image.
     """
+    components, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    if count == 0:
+        return False
+    areas = np.bincount(components.ravel())[1:]  # the first is that of the background
+    return bool(areas.min() * tau <= mask.size)
+
+
+# ------------------------------------------------------------------------------------------ splits
+
+
+def units_of(records: Sequence[Record], images: Images) -> list[list[int]]:
+    """What is split: lists of indices that stay together, in the order of their first members."""
+    groups = [record.group for record in records]
+
+    # Where nobody has written down the groups.
+    if not all(groups):
+        groups = groups_by_looks(images)
+
+    units = {}
+    for i, group in enumerate(groups):
+        units.setdefault(group, []).append(i)
+    return list(units.values())
+
+
+def groups_by_looks(images: Images) -> list[int]:
+    """A group for each image: frames are linked whose 32 x 32 thumbnails correlate above 0.97."""
+    thumbnails = F.adaptive_avg_pool2d(images.images.float(), 32).flatten(1).numpy()
+    distances = squareform(pdist(thumbnails, "correlation"))
+    _, groups = connected_components(distances < 0.03)
+    return groups.tolist()
+
+
+def split_units(
+    units: Sequence[Sequence[int]], split: str, fold: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Indices of a client's training, validation and test images by the published rules.
+
+    units: lists of indices that stay together, in the order in which the rules count them.
+    """
+    train = []
+    held = []
     if split == "centre":
         train, held = shuffled_split(units, 0.8)
-    else:  # the fold-th of five consecutive blocks is held, as by scikit-learn's KFold(5)
+    else:
+        # The fold-th of five consecutive blocks is held, as by scikit-learn's KFold(5).
         blocks = np.array_split(np.arange(len(units)), 5)
-        held = [units[i] for i in blocks[fold - 1]]
-        train = [units[i] for block in blocks[: fold - 1] + blocks[fold:] for i in block]
+        for number, block in enumerate(blocks, start=1):
+            part = held if number == fold else train
+            part.extend(units[i] for i in block)
+
     validation, in_test = shuffled_split(held, 0.5)
-    return tuple([i for unit in part for i in unit] for part in (train, validation, in_test))
+    return joined(train), joined(validation), joined(in_test)
 
 
-def shuffled_split(units, share):
-    """(first floor(share n), the rest), shuffled as scikit-learn's train_test_split(random_state=0) does."""
-    count = math.floor(share * len(units))
+def shuffled_split(units: Sequence, share: float) -> tuple[list, list]:
+    """floor(share n) of n units and the rest, as scikit-learn's train_test_split shuffles them.
+
+    The seed of its shuffling, random_state, is 0 in all published splits.
+    """
+    first = math.floor(share * len(units))
+    rest = len(units) - first
     order = np.random.RandomState(0).permutation(len(units))
-    rest = len(units) - count
+
+    # The rest is taken first.
     return [units[i] for i in order[rest:]], [units[i] for i in order[:rest]]
 
 
-def near_duplicates(root, images):
-    """Groups of near-duplicate frames of one centre: lists of indices, ordered by their first members.
-
-    By the column near_dup_group of an index.csv (centre, name, near_dup_group) beside the data; without
-    one, frames are linked where their 32 x 32 thumbnails correlate above 0.97.
-    """
-    index = Path(root) / "index.csv" if root else None
-    if index and index.exists():
-        rows = read_table(index, ("centre", "name", "near_dup_group"))
-        group = {row["name"]: row["near_dup_group"] for row in rows if row["centre"] == str(images.centre)}
-        if missing := [name for name in images.names if name not in group]:
-            raise DataError(f"{index}: no near_dup_group for centre {images.centre}, {missing[0]}")
-        labels = [group[name] for name in images.names]
-    else:
-        thumbnails = F.adaptive_avg_pool2d(images.images.float(), 32).flatten(1).numpy()
-        labels = connected_components(squareform(pdist(thumbnails, "correlation")) < 0.03)[1].tolist()
-    groups = {}
-    for i, label in enumerate(labels):
-        groups.setdefault(label, []).append(i)
-    return list(groups.values())
+def joined(units: Sequence[Sequence[int]]) -> list[int]:
+    """The indices of all units, one after another."""
+    return list(itertools.chain.from_iterable(units))
 
 
-# ------------------------------------------------------------------------------------------ augmentation
+# ------------------------------------------------------------------------------------ augmentation
+
 
 AUGMENTATION_DRAWS = 9  # uniform numbers that one image's augmentation takes
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def augment(images, masks, draws):
-    """Flips, rotation and colour jitter of a batch, each image by its own nine draws from [0, 1).
+def augment(images: Tensor, masks: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Flips, rotation and colour jitter of a batch, each image by its own nine draws.
 
-    images (B, 3, S, S), or (B, 1, S, S), float in [0, 1]; masks (B, 1, S, S) uint8; draws (B, 9) -> images, masks
-    Horizontal flip with probability 1/2, vertical 1/2, rotation by up to 90 degrees either way 1/2, colour 0.3 (RGB).
+    images (B, 3, S, S), or (B, 1, S, S), uint8; masks (B, 1, S, S) uint8; draws (B, 9) in [0, 1).
+    -> images, float in [0, 1]; masks
+
+    Horizontal flip with probability 1/2, vertical 1/2, rotation by up to 90 degrees either way 1/2;
+    colour jitter, of RGB images only, 0.3.
     """
+    # Four draws decide about flips and rotation, one whether colours change, and four how.
+    images = to_unit(images)
     images, masks = flip_and_rotate(images, masks, draws[:, :4])
     if images.shape[1] == 1:
         return images, masks
+
     jittered = jitter_colours(images, draws[:, 5:])
-    return torch.where(draws[:, 4, None, None, None] < 0.3, jittered, images), masks
+    chosen = draws[:, 4, None, None, None] < 0.3
+    return torch.where(chosen, jittered, images), masks
 
 
-def flip_and_rotate(images, masks, draws):
-    """One resampling for all three, with reflected borders: bilinear for images, nearest for masks. draws (B, 4)"""
-    flip_x, flip_y = (torch.where(draws[:, i] < 0.5, -1.0, 1.0) for i in (0, 1))
-    angle = torch.where(draws[:, 2] < 0.5, (2 * draws[:, 3] - 1) * math.pi / 2, 0.0)
-    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    to_source = torch.stack([flip_x * cos, -flip_x * sin, zero, flip_y * sin, flip_y * cos, zero], 1).view(-1, 2, 3)
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 images as float ones in [0, 1]; those are left as they are."""
+    if images.dtype == torch.uint8:
+        return images.float() / 255
+    return images
+
+
+def flip_and_rotate(images: Tensor, masks: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Flips and rotation in one resampling with reflected borders. draws (B, 4)
+
+    Bilinear for images, nearest for masks.
+    """
+    flip_x = torch.where(draws[:, 0] < 0.5, -1.0, 1.0)
+    flip_y = torch.where(draws[:, 1] < 0.5, -1.0, 1.0)
+    angle = (2 * draws[:, 3] - 1) * math.pi / 2
+    angle = torch.where(draws[:, 2] < 0.5, angle, 0.0)
+
+    # Where a pixel of the result comes from: turned by the angle, and then flipped.
+    cos = angle.cos()
+    sin = angle.sin()
+    zero = torch.zeros_like(angle)
+    source_x = torch.stack([flip_x * cos, -flip_x * sin, zero], dim=1)
+    source_y = torch.stack([flip_y * sin, flip_y * cos, zero], dim=1)
+    to_source = torch.stack([source_x, source_y], dim=1)
+
     grid = F.affine_grid(to_source, images.shape, align_corners=False)
     images = F.grid_sample(images, grid, "bilinear", "reflection", align_corners=False)
     masks = F.grid_sample(masks.float(), grid, "nearest", "reflection", align_corners=False)
     return images, masks.to(torch.uint8)
 
 
-def jitter_colours(images, draws):
-    """Brightness, contrast and saturation times 0.8 to 1.2, hue by up to 0.2 of a turn; (B, 3, S, S), (B, 4)."""
-    brightness, contrast, saturation = (0.8 + 0.4 * draws[:, i, None, None, None] for i in range(3))
+def jitter_colours(images: Tensor, draws: Tensor) -> Tensor:
+    """Brightness, contrast and saturation times 0.8 to 1.2, hue by up to 0.2 of a turn, in order.
+
+    images (B, 3, S, S) in [0, 1]; draws (B, 4)
+    """
+    factors = 0.8 + 0.4 * draws[:, :3, None, None, None]
+    brightness, contrast, saturation = factors.unbind(1)
+    turns = 0.4 * draws[:, 3, None, None] - 0.2
+
+    # Contrast changes the distance from the image's mean, saturation that from each pixel's grey.
     images = (images * brightness).clamp(0, 1)
     mean = grey(images).mean(dim=(1, 2, 3), keepdim=True)
     images = torch.lerp(mean, images, contrast).clamp(0, 1)
     images = torch.lerp(grey(images), images, saturation).clamp(0, 1)
-    return shift_hue(images, 0.4 * draws[:, 3, None, None] - 0.2)
+    return shift_hue(images, turns)
 
 
-def grey(images):
+def grey(images: Tensor) -> Tensor:
     """Luma of RGB images: (B, 3, H, W) -> (B, 1, H, W)."""
     red, green, blue = images.split(1, dim=1)
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
-def shift_hue(images, turns):
+def shift_hue(images: Tensor, turns: Tensor) -> Tensor:
     """Rotate the hue of RGB images (B, 3, H, W) in HSV by turns (B, 1, 1), a full turn being 1."""
     red, green, blue = images.unbind(1)
-    value = images.amax(1)
-    chroma = value - images.amin(1)
-    sector = torch.where(value == red, (green - blue), torch.where(value == green, blue - red, red - green))
-    offset = torch.where(value == red, 0.0, torch.where(value == green, 2.0, 4.0))
-    hue = sector / chroma.clamp(min=1e-8) + offset + 6 * turns  # in sixths of a turn
-    ramps = [(n + hue) % 6 for n in (5, 3, 1)]
-    return torch.stack([value - chroma * torch.minimum(k, 4 - k).clamp(0, 1) for k in ramps], dim=1)
+    value = images.amax(dim=1)
+    chroma = value - images.amin(dim=1)
+
+    # The hue in sixths of a turn, counted from the strongest channel.
+    sector = torch.where(value == green, blue - red, red - green)
+    sector = torch.where(value == red, green - blue, sector)
+    offset = torch.where(value == green, 2.0, 4.0)
+    offset = torch.where(value == red, 0.0, offset)
+    hue = sector / chroma.clamp(min=1e-8) + offset + 6 * turns
+
+    # And back: each channel falls by the chroma as the hue leaves its own sectors.
+    channels = []
+    for start in (5, 3, 1):
+        ramp = (start + hue) % 6
+        falling = torch.minimum(ramp, 4 - ramp).clamp(0, 1)
+        channels.append(value - chroma * falling)
+    return torch.stack(channels, dim=1)
 
 
-def normalise(images):
-    """RGB in [0, 1] (B, 3, H, W) -> ImageNet's mean 0 and standard deviation 1; grey (B, 1, H, W) as it is."""
+def normalise(images: Tensor) -> Tensor:
+    """Images as a network expects them: RGB with ImageNet's mean 0 and deviation 1, grey in [0, 1].
+
+    images (B, 3, H, W) or (B, 1, H, W), uint8, or float in [0, 1]
+    """
+    images = to_unit(images)
     if images.shape[1] == 1:
         return images
-    # numbers, not tensors, which would be copied to the device at every step
-    channels = zip(images.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True)
-    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
+
+    # Numbers, not tensors, which would be copied to the device at every step.
+    channels = images.unbind(dim=1)
+    normalised = []
+    for channel, mean, std in zip(channels, IMAGENET_MEAN, IMAGENET_STD, strict=True):
+        normalised.append((channel - mean) / std)
+    return torch.stack(normalised, dim=1)

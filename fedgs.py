@@ -1,219 +1,210 @@
 """FedGS: federated segmentation in which small lesions are not drowned out.
 
-    python fedgs.py --dataset polypgen --method fedgs        # a whole federation, from images to tables
-    python fedgs.py --dataset lits --model sd-utnet          # the paper's other data set and network
-    python fedgs.py --method fedavg fedgs --seeds 0 1 2      # runs one after another, and their comparison
-    python fedgs.py --predict scan.nii.gz --checkpoint best.pt --out masks
-    python fedgs.py --help                                   # every option
+    python fedgs.py --dataset polypgen --method fedgs     # a whole federation, images to tables
+    python fedgs.py --dataset lits --model sd-utnet       # the paper's other data set and network
+    python fedgs.py --help                                # every option
 
-Schutte, Corbetta, Beets-Tan and Silva, "FedGS: Federated Gradient Scaling for Heterogeneous Medical Image
-Segmentation", MICCAI DeCaF 2024. Hospitals (clients) train one network without sharing images. Training at
-a client is plain AdamW; only what it *reports* is re-weighted, by how small the lesions of each batch were:
+Schutte, Corbetta, Beets-Tan and Silva, "FedGS: Federated Gradient Scaling for Heterogeneous
+Medical Image Segmentation", MICCAI DeCaF 2024. Hospitals (clients) train one network without
+sharing images. Training at a client is plain AdamW; only what it *reports* is re-weighted, by how
+small the lesions of each batch were:
 
     server: initialise theta
     for each round:
         for each client k, in its own hospital:
             theta_k <- theta;  Delta_k <- 0
             for each batch x, y of B images:
-                delta_x = tanh(log_l(1 / a_x)^2) if the lesion of x is small, else 0       mask_difficulty
+                delta_x = tanh(log_l(1 / a_x)^2) if the lesion of x is small, else 0
                 eta     = 1 + (2 / B) sum_x delta_x
                 s       = AdamW's step for the gradient of the loss
-                theta_k <- theta_k - s;  Delta_k <- Delta_k + eta s                        adamw_accumulate_
-        theta <- theta - sum_k (T_k / sum_j T_j) Delta_k                                   aggregate
+                theta_k <- theta_k - s
+                Delta_k <- Delta_k + eta s
+        theta <- theta - sum_k (T_k / sum_j T_j) Delta_k
 
-a_x is the lesion's share of the image, T_k the number of client k's steps. FedAvg, the baseline, reports
-Delta_k = theta - theta_k and weights clients by their numbers of images. This file follows that order.
+a_x is the lesion's share of the image, T_k the number of client k's steps. FedAvg, the baseline,
+reports Delta_k = theta - theta_k and weights clients by their numbers of images.
+
+This file follows that order: the options of a run, the three operations that are the method, a
+network as one vector, client, server, the round loop, and a whole run around it. In the code
+delta_x is `difficulty` and Delta_k is `update`.
 """
 
-import argparse
-import ctypes
-import functools
+import contextlib
 import itertools
 import math
-import platform
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
-from typing import NamedTuple
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
 
 import data
-import inference
 import metrics
-import plots
-import runs
 from models import CODE, SDUTNet, UTNet
-from processes import GO_ON, OtherEnded, Processes
-from runs import RunError
+from support import checkpoints, hardware, options, pictures, processes, runs, tables
+from support.errors import UserError, readable_errors
+from support.options import option
 
-__version__ = "0.1.0"
-READABLE = (RunError, data.DataError, OSError)  # errors whose messages are for people
-ALONE = Processes(READABLE)  # unless torchrun started more
-
-
-# ---------------------------------------------------------------------------------------- configuration
+__version__ = "0.2.0"
 
 
-def option(default, help, **how):
-    """A field of Config that is also a command line option."""
-    return field(default=default, metadata={"help": help, **how})
+# ------------------------------------------------------------------------------------------ options
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
-    """Everything that decides a run. The defaults are the paper's for PolypGen; DATASETS has those for LiTS."""
+    """Everything that decides a run. The defaults are the paper's, for PolypGen.
 
+    A plain value: making one asks nothing of the machine. support/options.py turns the fields into
+    a command line and checks them; what their flags (free, place, path) mean stands there, too.
+    """
+
+    # What is trained, how, and on what.
     dataset: str = option("polypgen", "data set", choices=("polypgen", "lits"))
     method: str = option("fedgs", "fedgs, or the baseline fedavg", choices=("fedgs", "fedavg"))
     model: str = option("utnet", "network", choices=("utnet", "sd-utnet"))
-    preset: str = option("auto", "named values for the options below; auto: paper with real data and a GPU, else quick",
-                         choices=("auto", "paper", "quick"))
-    rounds: int = option(100, "communication rounds")
+    preset: str = option("auto", options.PRESET_HELP, choices=("auto", "paper", "quick"), free=True)
+
+    # The federation, and AdamW at its clients.
+    rounds: int = option(100, "communication rounds", free=True)
     local_epochs: int = option(5, "epochs that a client trains in a round")
     batch_size: int = option(4, "images in a batch; a last incomplete batch is dropped")
     lr: float = option(1e-4, "learning rate of the clients' AdamW")
     image_size: int = option(512, "images are resized to this square; a multiple of 16")
     width: int = option(32, "base channels of the network")
+
+    # The server's step. The control experiment is FedAvg with server_lr = the mean eta of FedGS.
     server_lr: float = option(1.0, "factor on the server's step")
     server_momentum: float = option(0.0, "momentum of the server's step")
-    log_base: float = option(100.0, "l, base of the logarithm in the difficulty of a small lesion")
-    tau: float = option(150.0, "smallness: a lesion is small if it covers at most 1/tau of the image")
-    split: str = option("fold", "a client's train, validation and test images: five folds (PolypGen's published ones; of "
-                        "LiTS's volumes), published per-centre split, or folds with near-duplicate frames kept together",
-                        choices=("fold", "centre", "grouped"))
+
+    # FedGS: which lesions are small, and how much more their steps count.
+    log_base: float = option(100.0, "l, base of the logarithm in a small lesion's difficulty")
+    tau: float = option(150.0, "a lesion is small if it covers at most 1/tau of the image")
+
+    # Which images train, validate and test.
+    split: str = option("fold", options.SPLIT_HELP, choices=("fold", "centre", "grouped"))
     fold: int = option(1, "which of the five folds", choices=(1, 2, 3, 4, 5))
-    centres: tuple = option(data.POLYPGEN_CENTRES, "centres that take part, with the held-out one", nargs="+", type=int)
-    out_centre: int = option(6, "centre that is held out for testing")
+    centres: tuple = option(data.CENTRES["polypgen"], "centres that take part", place=True)
+    out_centre: str = option("C6", "the one of them that is held out for testing", place=True)
     seed: int = option(0, "seed of initial weights, batches and augmentation")
-    device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
-    precision: str = option("auto", "of forward and backward in training: float32, or bfloat16 where that is as good (weights, "
-                            "updates and evaluation stay float32); auto: bf16 if the hardware computes in it",
-                            choices=("auto", "fp32", "bf16"))
-    kernels: str = option("auto", "what computes difficulty, step and aggregation: compiled kernels for the device, or the "
-                          "PyTorch lines that define them; auto: compiled if they are here",
-                          choices=("auto", "cuda", "cpp", "torch"))
-    data_root: str = option("", "folder of the data set, or stand-in for procedural images; default: datasets/<dataset> "
-                            "if it is there, else the stand-in")
-    cache: str = option("", "folder for what is decoded or drawn once; default: fedgs-cache beside LiTS's volumes")
-    out: str = option("", "folder of the run; default: runs/<dataset>-<method>-<model>-f<fold>-s<seed>, "
-                     "or -centre- for that split")
-    resume: bool = option(False, "continue the run in its folder")
-    nsd_tolerance: float = option(0.0, "also test how far boundaries are apart, by NSD at this tolerance and HD95: in mm for CT, "
-                                  "in pixels of the network's image else; 0: no")
 
-    def __post_init__(self):
-        if self.precision == "auto":  # a run must go on as it began
-            self.precision = "bf16" if has_bf16(choose_device(self)) else "fp32"
+    # How it computes: none of these changes what a round means.
+    device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"), free=True)
+    precision: str = option("auto", options.PRECISION_HELP, choices=options.PRECISIONS, place=True)
+    kernels: str = option("auto", options.KERNELS_HELP, choices=options.KERNELS, free=True)
+    workers: str = option("auto", options.WORKERS_HELP, free=True)
 
+    # Where everything lies.
+    data_root: str = option("", options.DATA_ROOT_HELP, free=True, path=True)
+    cache: str = option("", "folder for what is decoded or drawn once", free=True, path=True)
+    out: str = option("", options.OUT_HELP, free=True, path=True)
+    label: str = option("", "what comparisons call this run; default: its method", free=True)
+    resume: bool = option(False, "continue the run in its folder", free=True)
 
-DATASETS = {
-    "polypgen": {},
-    "lits": dict(rounds=60, log_base=1000.0, tau=1000.0, centres=data.CENTRES["lits"], out_centre=5, split="centre"),
-}
-GRID = ("fold", "seed", "method")  # options of which there may be several, a run for each; the last changes fastest
-PRESETS = {
-    "paper": {},
-    "quick": dict(rounds=7, local_epochs=1, image_size=80, width=8, lr=1e-3),  # two to three minutes on two CPU cores
-}
+    @property
+    def clients(self) -> list[str]:
+        """The centres that train, in their order."""
+        return [centre for centre in self.centres if centre != self.out_centre]
 
 
-def check(config):
-    """Raise RunError, naming the option, for values that no run can use."""
-    for name in ("rounds", "local_epochs", "batch_size", "width"):
-        require(getattr(config, name) >= 1, name, config, "must be at least 1")
-    for name in ("lr", "server_lr", "tau"):
-        require(0 < getattr(config, name) <= 1e6, name, config, "must be above 0, and at most 1e6")
-    require(1 < config.log_base < math.inf, "log_base", config, "must be a number above 1")
-    require(0 <= config.server_momentum < 1, "server_momentum", config, "must be in [0, 1)")
-    require(0 <= config.nsd_tolerance < math.inf, "nsd_tolerance", config, "must be 0 or more")
-    require(0 <= config.seed < 2**63, "seed", config, "must be in [0, 2^63)")
-    require(config.image_size >= 16 and config.image_size % 16 == 0, "image_size", config, "must be a multiple of 16")
-    require(config.batch_size > 1 or config.image_size > 16, "batch_size", config, "too small for batch norm at image size 16")
-    require(config.batch_size > 1 or config.model != "sd-utnet", "batch_size", config, "sd-utnet needs two images or more")
-    require(config.width > 1 or config.model != "sd-utnet", "width", config, "sd-utnet needs 2 or more")
-    known = data.CENTRES[config.dataset]
-    require(set(config.centres) <= set(known), "centres", config, f"must be among {' '.join(map(str, known))}")
-    require(config.split != "grouped" or config.dataset == "polypgen", "split", config,
-            "LiTS is split by volume anyway: fold or centre")
-    require(config.fold == 1 or config.split != "centre", "fold", config, "--split centre has no folds, choose --split fold")
-    require(len(set(config.centres)) == len(config.centres), "centres", config, "names a centre twice")
-    require(config.out_centre in config.centres, "out_centre", config, "must be among --centres")
-    require(len(config.centres) > 1, "centres", config, "leaves no client beside the held-out centre")
-    require(config.device != "cuda" or torch.cuda.is_available(), "device", config, "but torch finds no GPU here")
+# -------------------------------------------------- the method: difficulty, step and aggregation
 
 
-def choose_device(config):
-    """--device -> torch.device"""
-    return torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+def mask_difficulty(masks: Tensor, small: Tensor, log_base: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Lesion areas, difficulties and the step scale of a batch (paper, section 2).
 
-
-def has_bf16(device):
-    """Whether the device computes in bfloat16: GPUs since Ampere, CPUs with AVX512-BF16 or AMX."""
-    if device.type == "cuda":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def require(condition, name, config, rule):
-    if not condition:
-        raise RunError(f"--{name.replace('_', '-')} {shown(getattr(config, name))}: {rule}")
-
-
-# ------------------------------------------------------- difficulty, step and aggregation: the definitions
-
-
-def mask_difficulty(masks, small, log_base):
-    """Lesion areas, difficulties and the step scale of a batch.
-
-    masks (B, 1, H, W) or (B, H, W), nonzero = lesion; small (B,) bool. -> area (B,) int64, in pixels;
-    delta (B,) float32 in [0, 1]: tanh(log_l(1/a)^2) of small images, else 0 (also where a rotation moved
-    the lesion out of view); eta, 0-dim float32 in [1, 3]: 1 + (2/B) sum delta. Nothing leaves the device.
+    masks (B, 1, H, W) or (B, H, W), nonzero = lesion; small (B,) bool; log_base is l.
+    -> area (B,) int64, in pixels; difficulty (B,) float32 in [0, 1]; eta, 0-dim float32 in [1, 3].
+    Nothing leaves the device.
     """
+    # 1 / a_x. An empty mask counts as one pixel here, and is taken out below.
     area = (masks != 0).flatten(1).sum(dim=1)
-    inverse_area = masks.shape[-2] * masks.shape[-1] / area.clamp(min=1).double()
-    delta = torch.tanh((inverse_area.log() / math.log(log_base)) ** 2)
-    delta = torch.where(small.bool() & (area > 0), delta, 0.0).float()
-    return area, delta, 1 + 2 * delta.sum() / max(len(masks), 1)
+    pixels = masks.shape[-2] * masks.shape[-1]
+    inverse_area = pixels / area.clamp(min=1).double()
+
+    # delta_x = tanh(log_l(1 / a_x)^2)
+    difficulty = torch.tanh((inverse_area.log() / math.log(log_base)) ** 2)
+
+    # Only a small lesion is difficult, and only if augmentation did not rotate it out of view.
+    difficult = small.bool() & (area > 0)
+    difficulty = torch.where(difficult, difficulty, 0.0).float()
+
+    # eta = 1 + (2 / B) sum_x delta_x
+    eta = 1 + 2 * difficulty.sum() / max(len(masks), 1)
+    return area, difficulty, eta
 
 
-def adamw_accumulate_(theta, grad, m, v, step, lr, delta=None, eta=None,
-                      betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
-    """One AdamW step on flat vectors, in place; with delta and eta also delta += eta s.
+def adamw_accumulate_(
+    theta: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: int,
+    lr: float,
+    update: Tensor | None = None,
+    eta: Tensor | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> None:
+    """One AdamW step on flat vectors, in place; with update and eta also update += eta s.
 
-    theta, grad, m, v, delta: (P,) float32; step counts from 1; eta is a 0-dim tensor on the same device.
-    s = lr m_hat / (sqrt(v_hat) + eps) comes after the decoupled weight decay, which is no part of delta.
+    theta, grad, m, v, update: (P,) float32; step counts from 1; eta: 0-dim, on the same device.
+    The decoupled weight decay is no part of s, so none of the update.
     """
+    # The decay pulls theta towards zero whatever the images are: it is not what a client learned
+    # from them, and stays out of its update.
     theta.mul_(1 - lr * weight_decay)
+
+    # Running means of the gradient and of its square.
     m.lerp_(grad, 1 - betas[0])
     v.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+
+    # s = lr m_hat / (sqrt(v_hat) + eps); the hats undo that both means started at zero.
     root = (v / (1 - betas[1] ** step)).sqrt_().add_(eps)
     s = (m / root).mul_(lr / (1 - betas[0] ** step))
+
+    # theta_k <- theta_k - s
     theta.sub_(s)
-    if delta is not None:
-        delta.add_(s.mul_(eta))
+
+    # Delta_k <- Delta_k + eta s
+    if update is not None:
+        update.add_(s.mul_(eta))
 
 
-def aggregate(theta, updates, weights, server_lr=1.0):
-    """theta - server_lr sum_k w_k Delta_k, summed in client order.
+def aggregate(
+    total: Tensor, updates: Sequence[Tensor], weights: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """total + sum_k w_k Delta_k, summed in client order.
 
-    theta (P,); updates: K vectors (P,); weights: K numbers that sum to 1.
-    -> new theta (P,), squared norm of each update (K,) float64, whether each update is finite (K,) bool
+    total (P,); updates: K vectors (P,); weights: K numbers. -> the sum (P,), the squared norm of
+    each update (K,) float64, whether each update is finite (K,) bool
     """
-    new = theta.clone()
+    # One after another: floating point sums depend on their order, and this one is fixed.
+    result = total.clone()
     for update, weight in zip(updates, weights, strict=True):
-        new.sub_(update, alpha=server_lr * weight)
-    norms = torch.stack([torch.linalg.vector_norm(update, dtype=torch.float64).square() for update in updates])
-    return new, norms, norms.isfinite()  # a sum of squares is finite exactly where all its terms are
+        result.add_(update, alpha=weight)
+
+    # A sum of squares is finite exactly where all its terms are.
+    norms = [torch.linalg.vector_norm(update, dtype=torch.float64) for update in updates]
+    squared = torch.stack(norms).square()
+    return result, squared, squared.isfinite()
+
+
+# The lines above are the definitions. csrc/ has the same three operations compiled, each in one
+# pass over memory; the tests compare them with these.
 
 
 class Kernels(NamedTuple):
-    """The three operations above, as one implementation of them."""
+    """The three operations, in one implementation of them."""
 
     name: str
     mask_difficulty: Callable
@@ -224,791 +215,802 @@ class Kernels(NamedTuple):
 PYTORCH = Kernels("torch", mask_difficulty, adamw_accumulate_, aggregate)
 
 
-def choose_kernels(wanted, device):
-    """--kernels, for a device -> Kernels, and what to say of the choice. Raises RunError for kernels that cannot run."""
-    if wanted == "torch":
-        return PYTORCH, "torch, as asked"
+def choose_kernels(wanted: str, device: torch.device) -> tuple[Kernels, str]:
+    """--kernels, for a device -> the operations, and what to say of the choice.
+
+    Raises UserError for kernels that cannot run.
+    """
+    module, reason = hardware.compiled_kernels(wanted, device)
+    if module is None:
+        return PYTORCH, reason
     name = "cuda" if device.type == "cuda" else "cpp"
-    if wanted not in ("auto", name):
-        raise RunError(f"--kernels {wanted}: not for device {device.type}, choose {name}, torch or auto")
-    try:
-        import csrc
-
-        problem = csrc.problem(device)
-    except ImportError as error:
-        problem = f"csrc is not compiled ({error}); `pip install -v -e .` does it, or says what is missing"
-    if not problem:
-        return Kernels(name, csrc.mask_difficulty, csrc.adamw_accumulate_, csrc.aggregate), f"{name}, compiled from csrc"
-    if wanted == name:
-        raise RunError(f"--kernels {wanted}: {problem}")
-    return PYTORCH, f"torch: {problem}"
+    compiled = Kernels(name, module.mask_difficulty, module.adamw_accumulate_, module.aggregate)
+    return compiled, reason
 
 
-# ---------------------------------------------------------------------------------- a network as vectors
+# --------------------------------------------------------------------------- a network as vectors
+
+
+class State(NamedTuple):
+    """What the server sends to its clients: all of a network that training changes."""
+
+    parameters: Tensor  # theta, (P,) float32
+    buffers: Tensor  # means and variances of batch norm, float32
+    counters: Tensor  # its numbers of batches, int64
 
 
 class FlatNetwork:
-    """A network whose tensors are views of three vectors, so that one operation reaches all of them.
+    """A network whose tensors are views of three vectors, so that one operation reaches them all.
 
-    parameters, grad (P,) float32; buffers: batch norm's means and variances, float32; counters: batch norm's
-    numbers of batches, int64. Index tables (integer buffers with a shape) are constants: they stay out.
+    parameters, grad (P,) float32; buffers and counters as in State. Index tables (integer buffers
+    with a shape) are constants: they stay out, so that averaging cannot damage them.
     """
 
-    def __init__(self, network):
+    def __init__(self, network: nn.Module):
         self.network = network
         parameters = list(network.parameters())
-        self.parameters = torch.cat([p.detach().flatten() for p in parameters])
+        self.parameters = parameters_to_vector(parameters).detach()
         self.grad = torch.zeros_like(self.parameters)
-        for p, value, grad in zip(parameters, views(self.parameters, parameters), views(self.grad, parameters), strict=True):
-            p.data, p.grad = value, grad
-        self.buffers = self._join(lambda buffer: buffer.is_floating_point())
-        self.counters = self._join(lambda buffer: not buffer.is_floating_point() and buffer.ndim == 0)
 
-    def _join(self, chosen):
-        owners = [(module, name) for module in self.network.modules() for name, buffer in module._buffers.items()
-                  if buffer is not None and chosen(buffer)]
-        tensors = [module._buffers[name] for module, name in owners]
-        vector = torch.cat([x.flatten() for x in tensors])
+        # From here on the network's tensors and the vectors are the same memory.
+        values = views(self.parameters, parameters)
+        grads = views(self.grad, parameters)
+        for parameter, value, grad in zip(parameters, values, grads, strict=True):
+            parameter.data = value
+            parameter.grad = grad
+
+        self.buffers = self._join(is_statistic)
+        self.counters = self._join(is_counter)
+
+    def _join(self, chosen: Callable[[Tensor], bool]) -> Tensor:
+        """One vector of the chosen buffers, which become views of it."""
+        owners = []
+        for module in self.network.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if chosen(buffer):
+                    owners.append((module, name))
+
+        tensors = [module.get_buffer(name) for module, name in owners]
+        vector = parameters_to_vector(tensors)
         for (module, name), view in zip(owners, views(vector, tensors), strict=True):
-            module._buffers[name] = view
+            setattr(module, name, view)
         return vector
 
-    def load(self, state):
-        """Copy a state (parameters, buffers, counters) into the network."""
-        for mine, theirs in zip((self.parameters, self.buffers, self.counters), state, strict=True):
-            mine.copy_(theirs)
+    def load(self, state: State) -> None:
+        """Copy a state into the network."""
+        self.parameters.copy_(state.parameters)
+        self.buffers.copy_(state.buffers)
+        self.counters.copy_(state.counters)
 
-    def state(self):
-        """A copy of (parameters, buffers, counters)."""
-        return self.parameters.clone(), self.buffers.clone(), self.counters.clone()
+    def state(self) -> State:
+        """A copy of the network's state."""
+        return State(self.parameters.clone(), self.buffers.clone(), self.counters.clone())
 
 
-def views(vector, tensors):
+def is_statistic(buffer: Tensor) -> bool:
+    return buffer.is_floating_point()
+
+
+def is_counter(buffer: Tensor) -> bool:
+    return not buffer.is_floating_point() and buffer.ndim == 0
+
+
+def views(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Consecutive pieces of a vector, in the shapes of these tensors."""
-    return [piece.view_as(x) for piece, x in zip(vector.split([x.numel() for x in tensors]), tensors, strict=True)]
+    pieces = vector.split([x.numel() for x in tensors])
+    return [piece.view_as(x) for piece, x in zip(pieces, tensors, strict=True)]
 
 
-def build_network(config):
+def build_network(config: Config) -> nn.Module:
     """The network of a configuration, with weights drawn from its seed."""
+    # Server and clients build it in their own processes, and have to agree on its weights.
     torch.manual_seed(config.seed)
-    channels = {"polypgen": 3, "lits": 1}[config.dataset]
+    channels = 1 if config.dataset == "lits" else 3
     if config.model == "sd-utnet":
         return SDUTNet(channels, classes=2, width=config.width, size=config.image_size)
     return UTNet(channels, classes=2, width=config.width)
 
 
-# ------------------------------------------------------------------------------------------------ client
+# ------------------------------------------------------------------------------------------ client
+
+
+@dataclass
+class ClientLog:
+    """What a client's round was like, in numbers for the tables."""
+
+    client: str
+    images: int  # n_k
+    steps: int  # T_k
+    loss: float  # mean over steps
+    terms: dict[str, float]  # the loss's terms, where it has several: means over steps
+    eta: float  # mean over steps
+    scaled: float  # share of steps with eta > 1
+    update_norm: float = math.nan  # |Delta_k|, which the server measures
 
 
 @dataclass
 class Update:
-    """What a client sends: nothing in it belongs to a single image."""
+    """What a client sends to the server: nothing in it belongs to a single image."""
 
-    centre: int
-    delta: torch.Tensor  # (P,)
-    buffers: torch.Tensor
-    counters: torch.Tensor
-    steps: int  # T_k
-    images: int  # n_k
-    loss: torch.Tensor  # mean over steps
-    terms: dict  # the loss's terms, where it has several: means over steps
-    eta: torch.Tensor  # sum over steps
-    scaled: torch.Tensor  # number of steps with eta > 1
-
-    def size(self, config):
-        """What the client's weight is proportional to."""
-        return self.steps if config.method == "fedgs" else self.images
-
-    def without_vectors(self):
-        """What rounds.csv needs of it, on the CPU, where any process can read it; the vectors' memory is free again."""
-        numbers = {name: getattr(self, name).cpu() for name in ("loss", "eta", "scaled")}
-        terms = {name: x.cpu() for name, x in self.terms.items()}
-        return replace(self, delta=None, buffers=None, counters=None, terms=terms, **numbers)
+    client: str
+    vector: Tensor  # Delta_k, (P,)
+    buffers: Tensor
+    counters: Tensor
+    log: ClientLog
 
 
 class Batch(NamedTuple):
     """What a training step reads."""
 
-    images: torch.Tensor  # (B, C, S, S) uint8
-    masks: torch.Tensor  # (B, 1, S, S) uint8
-    small: torch.Tensor  # (B,) bool
-    draws: torch.Tensor  # (B, 9) from [0, 1), for the augmentation
-    noise: torch.Tensor  # (2, B, 8) normal, for SD-UTNet's codes; (0, B, 8) for UTNet
+    images: Tensor  # (B, C, S, S) uint8
+    masks: Tensor  # (B, 1, S, S) uint8
+    small: Tensor  # (B,) bool
+    draws: Tensor  # (B, 9) from [0, 1), for the augmentation
+    noise: Tensor  # (2, B, 8) normal, for SD-UTNet's codes; (0, B, 8) for UTNet
 
 
-def train_client(flat, server, images, config, round_, kernels=PYTORCH, progress=None, gradient=None):
+def train_client(
+    flat: FlatNetwork,
+    state: State,
+    images: data.Images,
+    config: Config,
+    round_: int,
+    kernels: Kernels = PYTORCH,
+    gradient: Callable | None = None,
+    on_step: Callable[[], object] | None = None,
+) -> Update:
     """A client's part of a round: local epochs of AdamW from the server's state. -> Update
 
-    flat: the FlatNetwork to work in; images: data.Images on its device; gradient: batch_gradient, or what does the same.
-    All randomness follows from (seed, round, centre), so clients may run in any order or place.
+    flat: the network to work in; images: the client's training images, on its device; gradient:
+    `batch_gradient`, or what does the same; on_step is called after every step. No number is read
+    back from the device before the last step.
     """
-    seed = np.random.SeedSequence((config.seed, round_, images.centre)).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(seed) >> 1)
-    device, per_epoch = flat.parameters.device, len(images) // config.batch_size
     gradient = gradient or batch_gradient
-    flat.load(server.state)
+
+    # theta_k <- theta; Delta_k <- 0
+    generator = client_generator(config.seed, round_, images.centre)
+    flat.load(state)
     flat.network.train()
-    m, v, delta = (torch.zeros_like(flat.parameters) for _ in range(3))
-    codes = 2 if config.model == "sd-utnet" else 0  # how many a step samples
-    step, totals = 0, 0.0
+    update = torch.zeros_like(flat.parameters)
+
+    # A fresh optimiser in every round, as in the paper.
+    m = torch.zeros_like(flat.parameters)
+    v = torch.zeros_like(flat.parameters)
+    step = 0
+    totals = 0.0
+
     for _ in range(config.local_epochs):
-        order = torch.randperm(len(images), generator=generator)[: per_epoch * config.batch_size].view(per_epoch, -1)
-        draws = torch.rand(per_epoch, config.batch_size, data.AUGMENTATION_DRAWS, generator=generator)
-        noises = torch.randn(per_epoch, codes, config.batch_size, CODE, generator=generator)
-        for chosen, draw, noise in zip(order.to(device), draws.to(device), noises.to(device)):
-            batch = Batch(images.images[chosen], images.masks[chosen], images.small[chosen], draw, noise)
+        for batch in epoch_batches(images, config, generator):
             measured = gradient(flat, batch, config, kernels)
             step += 1
-            report = (delta, measured["eta"]) if config.method == "fedgs" else ()
-            kernels.adamw_accumulate_(flat.parameters, flat.grad, m, v, step, config.lr, *report)
+
+            # Both methods take the same step. FedGS also adds eta times the step to its update.
+            theta, grad = flat.parameters, flat.grad
+            if config.method == "fedgs":
+                eta = measured["eta"]
+                kernels.adamw_accumulate_(theta, grad, m, v, step, config.lr, update, eta)
+            else:
+                kernels.adamw_accumulate_(theta, grad, m, v, step, config.lr)
+
+            # Sums stay on the device: reading one back would make every step wait for the GPU.
             totals = totals + torch.stack(list(measured.values()))
-            if progress is not None:
-                progress.update()
+            if on_step is not None:
+                on_step()
+
+    # FedAvg reports how far the client has come. That includes the decay, and every step counts
+    # the same.
     if config.method == "fedavg":
-        delta = server.state[0] - flat.parameters
-    totals = dict(zip(measured, totals))
-    eta, scaled, loss = (totals.pop(name) for name in ("eta", "scaled", "loss"))
-    terms = {name: total / step for name, total in totals.items()}
-    buffers, counters = flat.buffers.clone(), flat.counters.clone()
-    return Update(images.centre, delta, buffers, counters, step, len(images), loss / step, terms, eta, scaled)
+        update = state.parameters - flat.parameters
+
+    log = client_log(images, step, dict(zip(measured, (totals / step).tolist(), strict=True)))
+    return Update(images.centre, update, flat.buffers.clone(), flat.counters.clone(), log)
 
 
-def batch_gradient(flat, batch, config, kernels=PYTORCH):
+def client_log(images: data.Images, steps: int, means: dict[str, float]) -> ClientLog:
+    """A client's round in numbers. means: over its steps, of what `batch_gradient` measures."""
+    return ClientLog(
+        client=images.centre,
+        images=len(images),
+        steps=steps,
+        loss=means.pop("loss"),
+        eta=means.pop("eta"),
+        scaled=means.pop("scaled"),
+        terms=means,  # what is left
+    )
+
+
+def client_generator(seed: int, round_: int, client: str) -> torch.Generator:
+    """All randomness of a client's round. Clients may so run in any order, or anywhere."""
+    # C1 counts as 1; any other name has a number of its own, too.
+    published = client[:1] == "C" and client[1:].isdigit()
+    number = int(client[1:]) if published else zlib.crc32(client.encode())
+
+    # Sums of the three would collide: seed 1 in round 2 must not be seed 2 in round 1.
+    sequence = np.random.SeedSequence((seed, round_, number))
+    drawn = sequence.generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(drawn) >> 1)  # torch takes 63 bits
+
+
+def epoch_batches(
+    images: data.Images, config: Config, generator: torch.Generator
+) -> Iterator[Batch]:
+    """A client's images once, in a new order; a last incomplete batch is dropped."""
+    batches = len(images) // config.batch_size
+
+    # SD-UTNet samples two codes for each image: of the image, and of its reconstruction.
+    codes = 2 if config.model == "sd-utnet" else 0
+
+    # All draws are made on the CPU, so that they are the same whatever the device is.
+    order = torch.randperm(len(images), generator=generator)
+    order = order[: batches * config.batch_size].view(batches, -1)
+    draws = torch.rand(batches, config.batch_size, data.AUGMENTATION_DRAWS, generator=generator)
+    noise = torch.randn(batches, codes, config.batch_size, CODE, generator=generator)
+
+    # One copy an epoch: on a GPU no step has to wait for one.
+    device = images.images.device
+    order, draws, noise = order.to(device), draws.to(device), noise.to(device)
+
+    for chosen, draw, drawn_noise in zip(order, draws, noise, strict=True):
+        yield Batch(
+            images.images[chosen], images.masks[chosen], images.small[chosen], draw, drawn_noise
+        )
+
+
+def batch_gradient(
+    flat: FlatNetwork, batch: Batch, config: Config, kernels: Kernels = PYTORCH
+) -> dict[str, Tensor]:
     """The loss's gradient for a batch, which is augmented first, into flat.grad.
 
-    -> {name: 0-dim float32}: the loss, its terms, eta (1 for FedAvg), and whether it is above 1 ("scaled")
+    -> {name: 0-dim float32}: the loss, its terms, eta, and whether eta is above 1 ("scaled")
     """
-    x, y = data.augment(batch.images.float() / 255, batch.masks, batch.draws)
+    images, masks = data.augment(batch.images, batch.masks, batch.draws)
+    images = data.normalise(images)
+
+    # The gradient is one vector: clearing it is one operation, and backward adds into it.
     flat.grad.zero_()
-    loss, terms = training_loss(flat.network, data.normalise(x), y, batch.noise, config.precision)
+    loss, terms = training_loss(flat.network, images, masks, batch.noise, config.precision)
     loss.backward()
+
+    # The masks that the network has just seen: a rotation may have moved a lesion out of view.
     if config.method == "fedgs":
-        _, _, eta = kernels.mask_difficulty(y, batch.small, config.log_base)
+        _, _, eta = kernels.mask_difficulty(masks, batch.small, config.log_base)
     else:
-        eta = torch.ones((), device=y.device)
-    return {name: x.detach().float() for name, x in {"loss": loss, **terms, "eta": eta, "scaled": eta > 1}.items()}
+        eta = torch.ones((), device=masks.device)
+
+    measured = {"loss": loss, **terms, "eta": eta, "scaled": eta > 1}
+    return {name: x.detach().float() for name, x in measured.items()}
 
 
-class CapturedGradient:
-    """batch_gradient on a GPU: captured as a CUDA graph the first time, so that a batch is one launch, not thousands.
+def training_loss(
+    network: nn.Module, images: Tensor, masks: Tensor, noise: Tensor, precision: str = "fp32"
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a step minimises, and its terms by name. noise (2, B, 8) is for SD-UTNet's codes.
 
-    Its tensors stay where they are: a batch is copied into those that the graph reads, and what it returns lies in those
-    that the next batch will overwrite.
-    """
-
-    def __init__(self):
-        self.graph = None
-
-    def __call__(self, flat, batch, config, kernels):
-        if self.graph is None:
-            self.capture(flat, batch, config, kernels)
-        for mine, theirs in zip(self.batch, batch, strict=True):
-            mine.copy_(theirs)
-        self.graph.replay()
-        return self.measured
-
-    def capture(self, flat, batch, config, kernels):
-        """Record the work on a batch. The network's state stays as it was."""
-        self.batch, state = Batch(*(x.clone() for x in batch)), flat.state()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries set themselves up in their first calls, which no graph may hold
-            for _ in range(3):
-                batch_gradient(flat, self.batch, config, kernels)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads, such as NCCL's, go on
-            self.measured = batch_gradient(flat, self.batch, config, kernels)
-        flat.load(state)
-
-
-def training_loss(network, images, masks, noise, precision="fp32"):
-    """What a step minimises, and its terms by name. noise (2, B, 8) is what SD-UTNet samples its codes with.
-
-    bf16: the network computes in bfloat16 where autocast finds that good enough, channels-last, as matrix units
-    want it (in float32 on a CPU that is slower); losses are float32.
+    bf16: the network computes in bfloat16 where autocast finds that good enough, channels-last, as
+    matrix units want it (in float32 on a CPU that is slower). Losses are float32.
     """
     half = precision == "bf16"
     if half:
         images = images.contiguous(memory_format=torch.channels_last)
+
     with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
-        parts = network.decompose(images, noise) if isinstance(network, SDUTNet) else network(images)
+        if isinstance(network, SDUTNet):
+            parts = network.decompose(images, noise)
+        else:
+            logits = network(images)
+
+    # A sum over all pixels of a batch is too long for bfloat16's eight bits.
     if isinstance(network, SDUTNet):
-        return metrics.disentangled_loss(type(parts)(*(x.float() for x in parts)), images, masks)
-    return metrics.soft_dice_loss(parts.float(), masks), {}
-
-
-# ------------------------------------------------------------------------------------------------ server
-
-
-class Server:
-    """The server's state (parameters, buffers, counters) and, with momentum, its velocity."""
-
-    GROUP = 8  # updates that are in memory together, however many clients a process has
-
-    def __init__(self, flat, kernels=PYTORCH):
-        self.state = flat.state()
-        self.velocity = torch.zeros_like(self.state[0])
-        self.aggregate = kernels.aggregate
-
-    def apply(self, updates, config, round_, total=None):
-        """Replace the state by the aggregate of the clients' updates. -> the updates without their vectors
-
-        updates: in client order, a list; or an iterator, from which they are taken, summed and forgotten in groups, with the
-        total of their sizes. Weights are T_k / sum T for FedGS and n_k / sum n for FedAvg, for parameters and buffers alike.
-        With momentum mu, velocity <- mu velocity + sum_k w_k Delta_k and theta <- theta - server_lr velocity.
-        Raises RunError naming the clients whose loss or update is not finite, and for a step that is not;
-        the state is then unchanged.
-        """
-        total = total or sum(u.size(config) for u in updates)
-        theta, buffers, counters = self.state
-        momentum = config.server_momentum
-        moved, rate = (momentum * self.velocity, -1.0) if momentum else (theta, config.server_lr)  # -1: a sum
-        mean, counts = torch.zeros_like(buffers), torch.zeros_like(counters, dtype=torch.float64)
-        updates, seen, finite = iter(updates), [], []
-        while group := list(itertools.islice(updates, self.GROUP)):
-            weights = [u.size(config) / total for u in group]
-            moved, _, fine = self.aggregate(moved, [u.delta for u in group], weights, rate)
-            mean, _, buffers_fine = self.aggregate(mean, [u.buffers for u in group], weights, -1.0)
-            counts += sum(weight * u.counters.double() for weight, u in zip(weights, group))
-            finite += [ok and math.isfinite(u.loss) for ok, u in zip((fine & buffers_fine).tolist(), group)]
-            seen += [u.without_vectors() for u in group]
-            del group[:]  # before the next ones come
-        if bad := [f"C{u.centre}" for u, fine in zip(seen, finite, strict=True) if not fine]:
-            raise RunError(f"round {round_} was not applied: loss or update of client {', '.join(bad)} is not finite; "
-                           "earlier checkpoints stay as they were (a smaller --lr may help)")
-        velocity, theta = (moved, theta - config.server_lr * moved) if momentum else (self.velocity, moved)
-        if not all(x.isfinite().all() for x in (theta, mean, velocity)):
-            raise RunError(f"round {round_} was not applied: the server's step is not finite; earlier checkpoints stay "
-                           "as they were (a smaller --server-lr or --server-momentum may help)")
-        self.state, self.velocity = (theta, mean, counts.round().to(counters.dtype)), velocity
-        return seen
-
-
-# ------------------------------------------------------------------------------------------ round loop
-
-
-def run(config, why="as given", federation=None, processes=ALONE):
-    """A whole run: train round by round, keep everything in the run's folder, test, draw. -> content of results.json
-
-    why: the reason for the preset, for the header; federation: its data, where they are loaded already; processes: each
-    has clients of its own, and all run this function. Raises RunError or data.DataError where the configuration, the data
-    or the folder cannot be used, before anything is written, and for a round that is refused.
-    """
-    check(config)
-    device = choose_device(config)
-    torch.backends.cudnn.deterministic = True  # a CPU is repeatable as it is; a GPU adds up the gradients of resizing in any order
-    torch.backends.cudnn.allow_tf32 = False  # fp32 is float32
-    reuse_freed_memory()
-    kernels, which_kernels = choose_kernels(config.kernels, device)
-    root, folder = data.find(config.dataset, config.data_root), runs.run_folder(config)
-    federation = federation or load_data(config, root, processes)
-    steps = count_steps(config, federation)
-    record = describe_run(config, federation, device, kernels, processes)
-    processes.from_first(lambda: runs.check_folder(folder, record, config.resume))
-    network = build_network(config).to(device)
-    flat = FlatNetwork(network)
-    server, history, best = Server(flat, kernels), [], {}
-    if config.resume:
-        history, best = processes.from_first(lambda: runs.load_progress(folder, server, config))
-        processes.share(server.state)
-    processes.from_first(lambda: runs.write(folder / "config.json", runs.to_json(record)))
-    print(header(config, why, root, federation, flat, device, which_kernels, folder, processes), flush=True)
-
-    clients = [images.to(device) for images in federation.train.values()]
-    gradient = CapturedGradient() if kernels.name == "cuda" else batch_gradient
-    total = sum(steps.values()) if config.method == "fedgs" else sum(federation.facts[k].parts[0] for k in steps)
-    own = sum(steps[images.centre] for images in clients)
-    with tqdm(total=config.rounds * own, initial=len(history) * own, unit="step", leave=False, disable=None) as progress:
-        for round_ in range(len(history) + 1, config.rounds + 1):
-            start = time.perf_counter()
-            progress.set_description(f"round {round_}/{config.rounds}")
-            trained = (train_client(flat, server, images, config, round_, kernels, progress, gradient) for images in clients)
-            updates = processes.collect(trained, like=server.state)
-            updates = processes.from_first(lambda: server.apply(updates, config, round_, total))
-            processes.share(server.state)
-            flat.load(server.state)
-            tallies = processes.union({k: evaluate(network, images).tally for k, images in federation.validation.items()})
-            validation = metrics.means(sum(tallies[k] for k in steps))
-            history.append(summarise(round_, updates, validation, time.perf_counter() - start, federation.source))
-            processes.from_first(lambda: runs.save_progress(folder, checkpoint(network, config, federation.source, round_), server,
-                                                            history, best, validation))
-            progress.write(describe(history[-1], config.rounds))
-    title = f"{describe_model(config)} on {federation.source}"
-    checkpoints = {name: folder / f"{name}.pt" for name in ("best", "best_small")}
-    results, files = test(network, federation, config, checkpoints, title, processes)
-    results |= {"rounds": len(history), "seconds": sum(row["seconds"] for row in history)}
-    if processes.rank == 0:
-        files |= {"curves.png": plots.draw_curves(history, title), "results.json": runs.to_json(results)}
-    processes.from_first(lambda: runs.save_results(folder, files))
-    print(f"\nin {folder}: {', '.join(files)}, rounds.csv, best.pt, best_small.pt, last.pt")
-    return results
-
-
-def reuse_freed_memory():
-    """Have glibc keep freed memory for what comes next, instead of giving it back to the system.
-
-    A training step on a CPU takes and frees large maps hundreds of times. New memory comes in pages that the system clears
-    one by one; at 256 x 256 that took a third of the step.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -4  # <malloc.h>
-        libc.mallopt(M_MMAP_MAX, 0)  # large maps come from the heap, too
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # and its free end stays
-
-
-def count_steps(config, federation):
-    """{client: its steps in a round}. Raises RunError where a client has too few images, or there is nothing to validate on."""
-    numbers = {centre: facts.parts for centre, facts in federation.facts.items() if centre != config.out_centre}
-    for centre, (train, _, _) in numbers.items():
-        if train < config.batch_size:
-            raise RunError(f"centre {centre} has {train} training images, less than --batch-size {config.batch_size}")
-    if not any(validation for _, validation, _ in numbers.values()):
-        raise RunError(f"--split {config.split} leaves no validation images: the centres have too few images")
-    return {centre: train // config.batch_size * config.local_epochs for centre, (train, _, _) in numbers.items()}
-
-
-def checkpoint(network, config, source, round_):
-    """The network's state dict with its tensors copied, for `load_state_dict(torch.load(path, weights_only=True))`.
-
-    Configuration, data source, round and version travel in the attribute `_metadata` that torch gives its state dicts.
-    """
-    state = network.state_dict()
-    for name, tensor in state.items():
-        state[name] = tensor.to("cpu", copy=True)
-    own = {**asdict(config), "data_root": "", "cache": "", "out": ""}  # no paths of this machine
-    state._metadata["fedgs"] = {"version": __version__, "data": source, "round": round_, "config": own}
-    return state
-
-
-def load_data(config, root, processes=ALONE):
-    """The data set of a configuration: a process's own centres, and the facts about all. -> data.Federation"""
-    cache = config.cache
-    if root is None and config.dataset == "lits":  # one process draws it for all
-        root, cache = processes.from_first(lambda: data.stand_in_volumes(config.cache)), ""
-    clients, held_out = [k for k in config.centres if k != config.out_centre], [config.out_centre]
-    here = None  # all of them
-    if processes.count > 1:
-        work = processes.from_first(lambda: {k: data.work(config.dataset, root, k) for k in clients})
-        here = processes.spread(work) + held_out * (processes.rank == 0)
-    how = (root, config.centres, config.out_centre, config.image_size, config.tau, config.split, config.fold, here)
-    federation = processes.agree(lambda: data.lits(*how, cache) if config.dataset == "lits" else data.polypgen(*how))
-    facts = processes.union(federation.facts)
-    federation.facts = {k: facts[k] for k in clients + held_out}
-    return federation
-
-
-def summarise(round_, updates, validation, seconds, source):
-    """One row of rounds.csv: each client's loss, means of its terms, step scale and scaled steps, validation, time."""
-    steps = sum(u.steps for u in updates)
-    return {
-        "round": round_,
-        **{f"loss_C{u.centre}": u.loss.item() for u in updates},
-        **{f"term_{name}": sum(u.steps * u.terms[name].item() for u in updates) / steps for name in updates[0].terms},
-        "eta": sum(u.eta.item() for u in updates) / steps,
-        "scaled_steps": sum(u.scaled.item() for u in updates) / steps,
-        **{name: validation[name]["mean"] for name in ("dice", "dice_s", "dice_l")},
-        "seconds": round(seconds, 3),
-        "data": source,
-    }
-
-
-def describe(row, rounds):
-    """The line that a round leaves on the terminal."""
-    loss = np.mean([value for name, value in row.items() if name.startswith("loss_")])
-    return (f"round {row['round']:>3}/{rounds}   loss {loss:.3f}   η {row['eta']:.3f}   validation: Dice {row['dice']:.3f}"
-            f"   Dice_S {row['dice_s']:.3f}   Dice_L {row['dice_l']:.3f}   ({row['seconds']:.1f} s)")
-
-
-# -------------------------------------------------------------------------------------------- evaluation
-
-
-@dataclass
-class Evaluation:
-    """A network's predictions on a set of images, and how good they are."""
-
-    images: data.Images
-    predicted: torch.Tensor  # (N, 1, S, S) bool
-    dice: torch.Tensor  # (N,) float64
-    lesions: list  # N metrics.Lesions
-    surfaces: torch.Tensor  # (N, 2) float64: NSD and HD95, NaN where they were not asked for
-    tally: torch.Tensor  # (14, 2) float64, see metrics.tally
+        parts = type(parts)._make(x.float() for x in parts)
+        return metrics.disentangled_loss(parts, images, masks)
+    return metrics.soft_dice_loss(logits.float(), masks), {}
 
 
 @torch.no_grad()
-def predict(network, images, size=None):
-    """Predicted lesion masks (N, 1, S, S) bool, on the CPU, of a batch (N, 3, S, S), or (N, 1, S, S), uint8.
+def predict(network: nn.Module, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """Lesion masks (N, 1, S, S) bool, on the CPU, of images (N, C, S, S) uint8.
 
-    size: (height, width) to which the network's output is resized, bilinearly, before its larger class is taken.
+    size: (height, width) to which the network's output is resized, bilinearly, before its larger
+    class is taken.
     """
+    # Evaluation mode: batch norm uses its running statistics, and a lone image is no batch.
     network.eval()
-    output = network(data.normalise(images.to(next(network.parameters()).device).float() / 255))
+    device = next(network.parameters()).device
+    output = network(data.normalise(images.to(device)))
+
+    # Resizing the scores and not the mask keeps the outline smooth.
     if size is not None and size != output.shape[-2:]:
         output = F.interpolate(output, size, mode="bilinear")
     return (output.argmax(dim=1, keepdim=True) == 1).cpu()
 
 
-def evaluate(network, images, nsd_tolerance=0.0):
-    """Predict and score one centre's data.Images, sixteen at a time. -> Evaluation"""
-    batches = tqdm(images.images.split(16), desc=f"evaluating C{images.centre}", unit="batch", delay=2, leave=False, disable=None)
-    predicted = torch.cat([torch.zeros_like(images.masks[:0], dtype=torch.bool), *(predict(network, x) for x in batches if len(x))])
-    truth = images.masks.bool()
-    dice = metrics.dice_per_image(predicted, truth)
-    pairs = list(zip(predicted[:, 0].numpy(), truth[:, 0].numpy()))
-    lesions = [metrics.match_lesions(*pair) for pair in pairs]
-    surfaces = torch.full((len(images), 2), math.nan, dtype=torch.float64)
-    if nsd_tolerance:
-        for i, (pair, spacing) in enumerate(zip(pairs, images.spacing.tolist())):
-            surfaces[i] = torch.tensor(metrics.surface_measures(*pair, spacing, nsd_tolerance))
-    tally = metrics.tally(dice, truth.flatten(1).any(1), images.small, predicted.flatten(1).any(1), lesions, surfaces)
-    return Evaluation(images, predicted, dice, lesions, surfaces, tally)
+def evaluate(network: nn.Module, images: data.Images) -> metrics.Evaluation:
+    """Predict and score one centre's images, sixteen at a time."""
+    batches = tqdm(
+        images.images.split(16),
+        desc=f"evaluating {images.centre}",
+        unit="batch",
+        delay=2,
+        leave=False,
+        disable=None,
+    )
+    # An empty beginning, so that a centre without images has an evaluation, too.
+    predicted = [torch.zeros_like(images.masks[:0], dtype=torch.bool)]
+    predicted += [predict(network, batch) for batch in batches if len(batch)]
+    return metrics.score(torch.cat(predicted), images.masks.bool(), images.small)
 
 
-class Tested(NamedTuple):
-    """What the tables need of one centre's test."""
-
-    tally: torch.Tensor
-    scores: list  # rows of scores.csv
-    lesions: list  # rows of lesions.csv
+# ----------------------------------------------------------------------------------------- clients
 
 
-def test(network, federation, config, checkpoints, title, processes=ALONE):
-    """Test checkpoints, {name: path}, on in-test and out-test, and print the table.
+@dataclass
+class CentreTest:
+    """One centre's test: what the tables need of it, and in its own process the images too."""
 
-    -> content of results.json, {file name: content} for what a folder keeps: tables, and pictures of the first checkpoint
-    (from process 0, of its own images)
+    centre: str
+    split: str  # in_test or out_test
+    tally: Tensor  # sums and counts, see metrics.tally
+    scores: list[dict]  # rows of scores.csv
+    images: data.Images | None
+    evaluation: metrics.Evaluation | None
+
+
+class LocalClients:
+    """Clients whose images are in this process: one after another, in one network.
+
+    federation: who they are and what they have. The round loop sees nothing else of them, so that
+    clients in other processes (support/processes.py) can take this class's place.
     """
-    splits = {"in_test": [k for k in federation.facts if k != config.out_centre], "out_test": [config.out_centre]}
-    own = [("in_test", images) for images in federation.in_test.values()]
-    own += [("out_test", federation.out_test)] if federation.out_test else []
-    results, scores, lesions, pictures = {}, [], [], {}
-    for name, path in checkpoints.items():
-        state, about = processes.from_first(lambda: runs.read_weights(path))
-        runs.load_weights(network, state, path)
-        round_ = about.get("round")
-        evaluations = [(split, evaluate(network, images, config.nsd_tolerance)) for split, images in own]
-        tested = processes.union({part.images.centre: describe_test(name, split, part, config, federation.source)
-                                  for split, part in evaluations})
-        results[name] = {"round": round_}
-        for split, centres in splits.items():
-            results[name][split] = metrics.means(sum(tested[k].tally for k in centres))
-            results[name][f"{split}_by_centre"] = {f"C{k}": metrics.means(tested[k].tally) for k in centres}
-            scores += [row for k in centres for row in tested[k].scores]
-            lesions += [row for k in centres for row in tested[k].lesions]
-        if not pictures and processes.rank == 0:
-            where = f"centres of process 0 of {processes.count}, " if processes.count > 1 else ""
-            heading = f"{title}\n{name}{f' (round {round_})' if round_ else ''}: test images, {where}evenly spaced by size of lesion"
-            everything = [part for _, part in evaluations]
-            pictures["predictions.png"] = plots.draw_predictions(everything, heading)
-            if config.model == "sd-utnet":
-                pictures["anatomy.png"] = show_anatomy(network, next(part.images for part in everything if len(part.images)), 0, title)
-    results = {"data": federation.source, "notes": federation.notes, "config": asdict(config), "checkpoints": results}
-    files = {**pictures, "scores.csv": runs.to_csv(scores), "lesions.csv": runs.to_csv(lesions)}
-    note = metrics.surface_note(results["config"])
-    print(f"\n{title}\n{metrics.table(results['checkpoints'])}" + (f"\n{note}" if note else ""))
-    return results, files
+
+    def __init__(
+        self,
+        flat: FlatNetwork,
+        federation: data.Federation,
+        config: Config,
+        kernels: Kernels = PYTORCH,
+    ):
+        self.flat = flat
+        self.federation = federation
+        self.config = config
+        self.kernels = kernels
+        self.here = list(federation.train)  # names of the clients in this process
+        self.on_step = None  # called after every step, for whoever shows progress
+
+        # Training images lie on the device for the whole run: a step copies nothing from the host.
+        device = flat.parameters.device
+        self.train_images = [images.to(device) for images in federation.train.values()]
+
+        # On a GPU the work on a batch is captured once, and replayed as one launch.
+        self.gradient = batch_gradient
+        if kernels.name == "cuda":
+            self.gradient = hardware.CapturedGradient(batch_gradient)
+
+    def train(self, state: State, round_: int) -> Iterator[Update]:
+        """Every client's update, in client order."""
+        for images in self.train_images:
+            yield train_client(
+                self.flat,
+                state,
+                images,
+                self.config,
+                round_,
+                self.kernels,
+                self.gradient,
+                self.on_step,
+            )
+
+    def evaluate(self, state: State) -> dict[str, Tensor]:
+        """{client: sums and counts over its validation images}, see metrics.tally."""
+        self.flat.load(state)
+        tallies = {}
+        for client, images in self.federation.validation.items():
+            tallies[client] = evaluate(self.flat.network, images).tally
+        return tallies
+
+    def test(self, state: State) -> Iterator[CentreTest]:
+        """The clients on their own test images, and the held-out centre if it is here."""
+        self.flat.load(state)
+        for images in self.federation.in_test.values():
+            yield self._test(images, "in_test")
+        if self.federation.out_test is not None:
+            yield self._test(self.federation.out_test, "out_test")
+
+    def _test(self, images: data.Images, split: str) -> CentreTest:
+        evaluation = evaluate(self.flat.network, images)
+        scores = tables.score_rows(split, images, evaluation, self.federation.source)
+        return CentreTest(images.centre, split, evaluation.tally, scores, images, evaluation)
 
 
-def describe_test(name, split, part, config, source):
-    """One centre's Evaluation without its images. -> Tested"""
-    return Tested(part.tally, list(score_rows(name, split, part, config, source)), list(lesion_rows(name, split, part, source)))
+# ------------------------------------------------------------------------------------------ server
 
 
-@torch.no_grad()
-def show_anatomy(network, images, i, title):
-    """Image i of a data.Images as SD-UTNet takes it apart: anatomy, and the reconstruction from it. -> Figure"""
-    network.eval()
-    x = data.normalise(images.images[i : i + 1].to(next(network.parameters()).device).float() / 255)
-    anatomy, (mu, _) = network.a_encoder(x), network.m_encoder(x)
-    heading = f"{title}\nC{images.centre}, {images.names[i]}"
-    return plots.draw_anatomy(x[0], anatomy[0], network.reconstruct(anatomy, mu)[0], heading)
-
-
-def score_rows(name, split, part, config, source):
-    """The rows of scores.csv for one checkpoint and one centre's evaluation: an image each."""
-    columns = (part.images.names, part.images.inverse_area.tolist(), part.images.small.tolist(), part.dice.tolist(),
-               part.lesions, part.surfaces.tolist())
-    for image, inverse_area, small, dice, lesions, (nsd, hd95) in zip(*columns, strict=True):
-        yield {"checkpoint": name, "split": split, "centre": part.images.centre, "name": image,
-               "inverse_area": inverse_area, "small": int(small), "dice": dice, "lesion_dice": metrics.lesion_dice(lesions),
-               "lesions": len(lesions.dice), "found": int((lesions.dice > 0).sum()), "false_components": lesions.false_components,
-               **({"nsd": nsd, "hd95": hd95} if config.nsd_tolerance else {}), "data": source}
-
-
-def lesion_rows(name, split, part, source):
-    """The rows of lesions.csv: a lesion each."""
-    for image, lesions in zip(part.images.names, part.lesions, strict=True):
-        for i, (inverse_area, dice) in enumerate(zip(lesions.inverse_area.tolist(), lesions.dice.tolist()), start=1):
-            yield {"checkpoint": name, "split": split, "centre": part.images.centre, "name": image, "lesion": i,
-                   "inverse_area": inverse_area, "found": int(dice > 0), "dice": dice, "data": source}
-
-
-def describe_model(config):
-    """What was trained, for titles."""
-    part = "published split" if config.split == "centre" else f"fold {config.fold}"
-    return f"{config.method}, {config.model}, {part}, seed {config.seed}"
-
-
-# ------------------------------------------------------------------------------------ using a checkpoint
-
-
-def open_checkpoint(path, given):
-    """A trained network, with options given by name. -> network, its Config, what it was trained on (None: not known)
-
-    The configuration of this project's checkpoints travels with them. A bare state dict, as published ones are, has
-    none: options say what it is, and are the paper's where they do not. Raises RunError for a file that is
-    no checkpoint, options that contradict it, and weights that do not fit.
-    """
-    state, about = runs.read_weights(path)
-    if about:
-        free = runs.FREE_ON_RESUME | {"centres", "out_centre", "precision"}  # these say where, and on what, it is used
-        known = [f for f in fields(Config) if f.name in about["config"].keys() - runs.FREE_ON_RESUME]
-        trained = {f.name: about["config"][f.name] for f in known}
-        if not all(is_plausible(f, trained[f.name]) for f in known):
-            raise RunError(f"{path}: its configuration is damaged")
-        for name, value in given.items():
-            if name not in free and shown(value) != (old := shown(trained.get(name, "another"))):
-                raise RunError(f"--{name.replace('_', '-')} {shown(value)}: {path} was trained with {old}")
-        config = Config(**{**trained, **given})
+def client_weights(config: Config, facts: Mapping[str, data.Facts]) -> dict[str, float]:
+    """{client: w_k}: T_k / sum_j T_j for FedGS, n_k / sum_j n_j for FedAvg (paper, section 2)."""
+    # FedGS adds up steps, so a client counts by its steps. FedAvg averages over images.
+    if config.method == "fedgs":
+        sizes = client_steps(config, facts)
     else:
-        config, _ = configure({"preset": "paper", "method": "unknown", **given})
-    check(config)
-    network = build_network(config)
-    runs.load_weights(network, state, path)
-    return network.to(choose_device(config)), config, about.get("data")
+        sizes = {client: facts[client].train for client in config.clients}
+
+    total = sum(sizes.values())
+    return {client: size / total for client, size in sizes.items()}
 
 
-def is_plausible(f, value):
-    """Whether a field of Config may have this value, as far as its type and its choices say."""
-    if isinstance(f.default, tuple):
-        return isinstance(value, list | tuple) and all(type(x) is int for x in value)
-    kinds = (int, float) if isinstance(f.default, float) else (type(f.default),)
-    return type(value) in kinds and value in f.metadata.get("choices", [value])
+def client_steps(config: Config, facts: Mapping[str, data.Facts]) -> dict[str, int]:
+    """{client: T_k}, its optimiser steps in a round."""
+    steps = {}
+    for client in config.clients:
+        # A last incomplete batch is dropped.
+        batches = facts[client].train // config.batch_size
+        steps[client] = batches * config.local_epochs
+    return steps
 
 
-def evaluate_checkpoint(path, given):
-    """--evaluate: test a checkpoint without training; files only where --out says. -> content of results.json"""
-    network, config, trained = open_checkpoint(path, given)
-    if config.out:
-        runs.check_empty(Path(config.out))
-    root = data.find(config.dataset, config.data_root)
-    federation = load_data(config, root)
-    where = f"in {root}" if root else "drawn images (--data-root names real ones)"
-    print(f"testing {path} on {federation.source}, {where}", flush=True)
-    if trained not in (None, federation.source):
-        federation.source += f" (trained on {trained})"
-    title = f"{path.name}: {describe_model(config)} on {federation.source}"
-    results, files = test(network, federation, config, {path.stem: path}, title)
-    if config.out:
-        runs.save_results(Path(config.out), {**files, "results.json": runs.to_json(results)})
+class Server:
+    """The server's state, and how a round changes it.
+
+    weights: {client: w_k}, summing to 1. Parameters and floating-point buffers are averaged with
+    the same weights; counters take the rounded mean.
+    """
+
+    GROUP = 8  # updates that are in memory together, however many clients there are
+
+    def __init__(
+        self,
+        state: State,
+        weights: Mapping[str, float],
+        config: Config,
+        kernels: Kernels = PYTORCH,
+    ):
+        self.state = state
+        self.velocity = torch.zeros_like(state.parameters)
+        self.round = 0  # rounds that were applied
+        self.weights = weights
+        self.config = config
+        self.kernels = kernels
+
+    def apply(self, updates: Iterable[Update]) -> list[ClientLog]:
+        """Replace the state by the aggregate of the clients' updates, which come in client order.
+
+        velocity <- mu velocity + sum_k w_k Delta_k;  theta <- theta - server_lr velocity
+
+        Raises UserError naming the clients whose loss or update is not finite, and for a step that
+        is not. The state is then unchanged.
+        """
+        # What the round will have changed. Until its end the server's own state stays as it is.
+        velocity = self.config.server_momentum * self.velocity
+        buffers = torch.zeros_like(self.state.buffers)
+        counters = torch.zeros_like(self.state.counters, dtype=torch.float64)
+        logs = []
+        refused = []
+
+        for group in in_groups(updates, self.GROUP):
+            # velocity <- velocity + sum_k w_k Delta_k
+            weights = [self.weights[update.client] for update in group]
+            vectors = [update.vector for update in group]
+            velocity, squared_norms, finite = self.kernels.aggregate(velocity, vectors, weights)
+
+            # The same weights for the means and variances of batch norm, and for its counters.
+            vectors = [update.buffers for update in group]
+            buffers, _, buffers_finite = self.kernels.aggregate(buffers, vectors, weights)
+            for update, weight in zip(group, weights, strict=True):
+                counters += weight * update.counters.double()
+
+            # Aggregation has measured the updates on its way.
+            norms = squared_norms.sqrt().tolist()
+            fine = (finite & buffers_finite).tolist()
+            for update, norm, is_fine in zip(group, norms, fine, strict=True):
+                update.log.update_norm = norm
+                logs.append(update.log)
+                if not (is_fine and math.isfinite(update.log.loss)):
+                    refused.append(update.client)
+
+            # Nothing here may keep this group's memory: the next group needs it.
+            del vectors, update
+
+        # One hospital's broken numbers would reach all the others with the next state.
+        if refused:
+            self._refuse(f"loss or update of client {', '.join(refused)}", "--lr")
+
+        # theta <- theta - server_lr velocity. Without momentum this is the paper's server step,
+        # theta <- theta - sum_k w_k Delta_k.
+        theta = self.state.parameters - self.config.server_lr * velocity
+        if not (theta.isfinite().all() and buffers.isfinite().all()):
+            self._refuse("the server's step", "--server-lr or --server-momentum")
+
+        counters = counters.round().to(self.state.counters.dtype)
+        self.state = State(theta, buffers, counters)
+        self.velocity = velocity
+        self.round += 1
+        return logs
+
+    def _refuse(self, what: str, option: str) -> NoReturn:
+        raise UserError(
+            f"round {self.round + 1} was not applied: {what} is not finite; earlier checkpoints "
+            f"stay as they were (a smaller {option} may help)"
+        )
+
+
+def in_groups(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of up to `size` items. Each is emptied before the next one is filled."""
+    items = iter(items)
+    while group := list(itertools.islice(items, size)):
+        yield group
+        group.clear()
+
+
+# -------------------------------------------------------------------------------------- round loop
+
+
+def federate(
+    server: Server, clients: LocalClients, config: Config
+) -> Iterator[tuple[int, list[ClientLog], dict]]:
+    """The rounds that are left, one at a time. -> round, the clients' logs, validation measures
+
+    clients: LocalClients, or what has its three methods and runs elsewhere.
+    """
+    for round_ in range(server.round + 1, config.rounds + 1):
+        # Every client trains from the server's state, and sends back what it accumulated.
+        updates = clients.train(server.state, round_)
+
+        # theta <- theta - server_lr sum_k w_k Delta_k
+        logs = server.apply(updates)
+
+        # How good is the new state? Sums and counts leave a client, never a single image's score.
+        tallies = clients.evaluate(server.state)
+        yield round_, logs, metrics.means(sum(tallies.values()))
+
+
+# ------------------------------------------------------------------------------------- a whole run
+
+
+def run(config: Config, why: str = "as given") -> dict:
+    """Train round by round, keep everything in the run's folder, test, draw. -> results.json
+
+    why: the reason for the preset, for the header. Raises UserError where options, data or folder
+    cannot be used, before anything is written, and for a round that is refused.
+    """
+    # Everything that can be refused is refused here: nothing is loaded or written yet.
+    options.check(config, data.CENTRES[config.dataset])
+    device = hardware.choose_device(config.device)
+    config = replace(config, precision=hardware.choose_precision(config.precision, device))
+    folder = runs.Folder(config)
+    folder.check({"config": asdict(config)})
+
+    with open_clients(config, device) as clients:
+        # Now the data are known. A run may only go on with those that it began with.
+        federation = clients.federation
+        options.check_sizes(config, federation.facts)
+        record = runs.describe_run(config, clients, __version__)
+        folder.check(record)
+
+        # The server starts from the weights that every client has drawn from the same seed, or
+        # from where an earlier process of this run left it.
+        weights = client_weights(config, federation.facts)
+        server = Server(clients.flat.state(), weights, config, clients.kernels)
+        history = folder.load_progress(server)
+
+        # From here on the folder is this run's.
+        folder.claim(record)
+        print(runs.header(config, clients, why, folder), flush=True)
+        train(server, clients, config, folder, history)
+        results, scores, figures = test(clients, config, folder)
+
+    results.update(runs.count_rounds(history))
+    figures["curves.png"] = pictures.draw_curves(history, runs.title(config, federation))
+    folder.save_results(results, scores, figures)
     return results
 
 
-def predict_files(paths, checkpoint_path, given):
-    """--predict: write masks of images or CT volumes into --out. Raises RunError where some could not be read."""
-    network, config, trained = open_checkpoint(checkpoint_path, given)
-    inputs = inference.find_inputs(paths, config.dataset)
-    origin = f"trained on {trained}" if trained else "trained elsewhere"
-    print(f"{checkpoint_path}: {describe_model(config)}, {origin}, {config.image_size}x{config.image_size}", flush=True)
-    failures = inference.segment_files(functools.partial(predict, network), inputs, Path(config.out), config.dataset,
-                                       config.image_size, f"FedGS, {origin}")
-    if failures:
-        raise RunError("; ".join(failures) + f" ({len(inputs) - len(failures)} of {len(inputs)} files were segmented)")
+def train(
+    server: Server,
+    clients: LocalClients,
+    config: Config,
+    folder: runs.Folder,
+    history: list[dict],
+) -> None:
+    """The rounds that are left, with a bar; each adds a row to history and leaves its files."""
+    network = clients.flat.network
+    federation = clients.federation
+
+    # The bar counts the steps of this process: the others take theirs at the same time.
+    steps = client_steps(config, federation.facts)
+    own_steps = sum(steps[client] for client in clients.here)
+    # A run that goes on begins where it was.
+    bar = tqdm(
+        total=config.rounds * own_steps,
+        initial=server.round * own_steps,
+        unit="step",
+        leave=False,
+        disable=None,
+    )
+    with bar:
+        clients.on_step = bar.update
+        start = time.perf_counter()
+        for round_, logs, validation in federate(server, clients, config):
+            seconds = time.perf_counter() - start
+            row = runs.round_row(round_, logs, validation, seconds, federation.source)
+            history.append(row)
+
+            # The round is over when its files are there, resume.pt last of all.
+            clients.flat.load(server.state)
+            about = runs.describe_weights(config, federation.source, round_, __version__)
+            weights = checkpoints.with_about(network, about)
+            folder.save_round(server, weights, history, validation)
+
+            bar.set_description(f"round {round_}/{config.rounds}")
+            bar.write(runs.describe_round(row, config.rounds))
+            start = time.perf_counter()
 
 
-# ------------------------------------------------------------------------------------------ command line
+def test(
+    clients: LocalClients, config: Config, folder: runs.Folder
+) -> tuple[dict, list[dict], dict]:
+    """Test the networks of the best rounds, and print the table.
+
+    -> content of results.json, rows of scores.csv, {file name: figure}
+    """
+    # The run's last network is in no table: a user would take the best one, so that is tested.
+    federation = clients.federation
+    heading = runs.title(config, federation)
+    tests_of = {}  # round -> its tests: the checkpoints may be of the same round
+    tested = {}
+    scores = []
+    figures = {}
+
+    for name in runs.BEST:
+        path = folder.path / f"{name}.pt"
+        weights, about = checkpoints.read_weights(path)
+        round_ = about["round"]
+
+        # Often both checkpoints are of the same round, and one test is enough.
+        if round_ not in tests_of:
+            checkpoints.load(clients.flat.network, weights, path)
+            tests_of[round_] = list(clients.test(clients.flat.state()))
+        if not figures:
+            figures = draw_tests(clients, tests_of[round_], f"{heading}\n{name} (round {round_})")
+
+        tested[name] = runs.summarise_tests(tests_of[round_], round_)
+        scores.extend(runs.score_table(name, tests_of[round_]))
+
+    print(f"\n{heading}\n{tables.results_table(tested)}")
+    results = {
+        "data": federation.source,
+        "notes": federation.notes,
+        "config": asdict(config),
+        "checkpoints": tested,
+    }
+    return results, scores, figures
 
 
-def configure(given):
-    """Options given by name -> Config with the data set's and the preset's values for the others, why this preset."""
-    preset, why = given.get("preset", "auto"), "as asked"
+def draw_tests(clients: LocalClients, tests: Sequence[CentreTest], heading: str) -> dict:
+    """Pictures of the network that was tested, on images of this process. -> {file name: figure}"""
+    # Images of other processes have stayed there.
+    here = [(test.images, test.evaluation) for test in tests if test.images is not None]
+    what = f"{heading}: test images, evenly spaced by size of lesion"
+    figures = {"predictions.png": pictures.draw_predictions(here, what)}
+
+    network = clients.flat.network
+    if isinstance(network, SDUTNet):
+        images = next(images for images, _ in here if len(images))
+        figures["anatomy.png"] = draw_anatomy(network, images, 0, heading)
+    return figures
+
+
+@torch.no_grad()
+def draw_anatomy(network: SDUTNet, images: data.Images, i: int, heading: str) -> Any:
+    """Image i as SD-UTNet takes it apart: anatomy, and the reconstruction from it. -> Figure"""
+    network.eval()
+    device = next(network.parameters()).device
+    x = data.normalise(images.images[i : i + 1].to(device))
+    anatomy = network.a_encoder(x)
+    mu, _ = network.m_encoder(x)
+    reconstruction = network.reconstruct(anatomy, mu)
+    heading = f"{heading}\n{images.centre}, {images.names[i]}"
+    return pictures.draw_anatomy(x[0], anatomy[0], reconstruction[0], heading)
+
+
+# ------------------------------------------------------------------------ what a run is made of
+
+
+@contextlib.contextmanager
+def open_clients(config: Config, device: torch.device) -> Iterator[LocalClients]:
+    """The clients of a run: all of them here, or spread over processes."""
+    count = processes.choose_workers(config.workers, len(config.clients), device)
+    if count == 1:
+        yield open_local_clients(config, config.centres)
+        return
+
+    # The largest client decides how long a round takes, so it has to be known before any is read.
+    root = data.find(config.dataset, config.data_root)
+    work_of = {}
+    for client in config.clients:
+        work_of[client] = data.workload(config.dataset, root, client)
+    with processes.spread(open_local_clients, config, work_of, count) as spread:
+        yield spread
+
+
+def open_local_clients(config: Config, centres: Sequence[str]) -> LocalClients:
+    """Load the images of these centres, and make what trains and tests on them."""
+    # This is all that a worker does before it serves, and all that one process needs.
+    hardware.prepare_torch()
+    device = hardware.choose_device(config.device)
+    kernels, _ = choose_kernels(config.kernels, device)
+    federation = load_data(config, centres)
+    flat = FlatNetwork(build_network(config).to(device))
+    return LocalClients(flat, federation, config, kernels)
+
+
+def load_data(config: Config, centres: Sequence[str]) -> data.Federation:
+    """The images of these centres, of the data set of a configuration."""
+    return data.load(
+        config.dataset,
+        data.find(config.dataset, config.data_root),
+        centres=config.centres,
+        out_centre=config.out_centre,
+        size=config.image_size,
+        tau=config.tau,
+        split=config.split,
+        fold=config.fold,
+        only=centres,
+        cache=config.cache,
+    )
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+DATASETS = {  # what differs from Config's defaults
+    "polypgen": {},
+    "lits": {
+        "rounds": 60,
+        "log_base": 1000.0,
+        "tau": 1000.0,
+        "centres": data.CENTRES["lits"],
+        "out_centre": "C5",
+        "split": "centre",
+    },
+}
+PRESETS = {
+    "paper": {},
+    "quick": {"rounds": 7, "local_epochs": 1, "lr": 1e-3, "image_size": 80, "width": 8},
+}
+
+
+def configure(given: Mapping[str, Any]) -> tuple[Config, str]:
+    """Options by name -> Config with the data set's and the preset's values, why this preset."""
     dataset = given.get("dataset", Config.dataset)
+    preset = given.get("preset", "auto")
+    why = "as asked"
     if preset == "auto":
+        # The paper's numbers take days without a GPU, and mean nothing on drawn images.
         real = data.find(dataset, given.get("data_root", "")) is not None
         gpu = given.get("device") != "cpu" and torch.cuda.is_available()
         preset = "paper" if real and gpu else "quick"
         why = f"{'real' if real else 'no real'} data and {'a' if gpu else 'no'} GPU"
-    return Config(**{**DATASETS[dataset], **PRESETS[preset], **given, "preset": preset}), why
+
+    # What was given overrides the preset, and that the data set's own values.
+    values = {**DATASETS[dataset], **PRESETS[preset], **given}
+    values["preset"] = preset
+    if "centres" in values:
+        values["centres"] = tuple(values["centres"])
+    return Config(**values), why
 
 
-def describe_run(config, federation, device, kernels, processes):
-    """What config.json says: which run it is, device, processes, kernels, versions."""
-    return {
-        **identity(config, federation),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "processes": processes.count,
-        "kernels": kernels.name,
-        "versions": {"fedgs": __version__, "python": platform.python_version(), "torch": torch.__version__,
-                     "numpy": np.__version__},
-    }
+def main(arguments: list[str] | None = None) -> None:
+    """The command line. Exits with 2 for an error, 130 when interrupted, one line on stderr."""
+    with readable_errors("fedgs.py", interrupted=processes.GO_ON):
+        # Of the processes that torchrun starts, all but one wait for that one's requests.
+        if processes.serves():
+            processes.join(open_local_clients)
+            return
 
-
-def identity(config, federation):
-    """What makes a run this one and no other: its options, and its data with a fingerprint of every image."""
-    return {"config": asdict(config), "data": {"source": federation.source, "notes": federation.notes,
-            "images": count_images(federation), "fingerprint": data.fingerprint(federation)}}
-
-
-def count_images(federation):
-    """{client: "train + validation + test"} and the held-out centre's number, for the header and config.json."""
-    numbers = {centre: " + ".join(map(str, facts.parts)) for centre, facts in federation.facts.items()}
-    return {f"C{centre}{'' if ' + ' in text else ' (held out)'}": text for centre, text in numbers.items()}
-
-
-def header(config, why, root, federation, flat, device, which_kernels, folder, processes):
-    """What was chosen, why, and how to change it."""
-    where = f"in {root}" if root else (f"drawn images (for real ones put {data.FILES[config.dataset]} into "
-                                       f"datasets/{config.dataset} or name their folder with --data-root)")
-    lines = {
-        "method": f"{config.method} with {config.model}, {flat.parameters.numel():,} parameters (width {config.width})",
-        "data": "; ".join([f"{federation.source}, {where}", *federation.notes]),
-        "images": ", ".join(f"{k} {n}" for k, n in count_images(federation).items()) + " (train + validation + test)",
-        "preset": f"{config.preset} ({why}); choose with --preset paper or quick, any option given overrides it",
-        "training": f"{config.rounds} rounds x {config.local_epochs} epochs, batch {config.batch_size}, "
-                    f"{config.image_size}x{config.image_size}, lr {config.lr:g}, server lr {config.server_lr:g}, "
-                    f"seed {config.seed}, on {device}",
-        "computes": f"forward and backward in {describe_precision(config, device)}; kernels: {which_kernels}",
-        "folder": str(folder),
-    }
-    if processes.count > 1:
-        lines["clients"] = "; ".join(f"process {rank}: " + " ".join(f"C{k}" for k, owner in processes.owners.items() if owner == rank)
-                                     for rank in range(processes.count)) + f" (threads of each: {torch.get_num_threads()})"
-    return "\n".join(f"{name:<9}{text}" for name, text in lines.items())
-
-
-def describe_precision(config, device):
-    """--precision, and whether it suits the hardware."""
-    here, half = has_bf16(device), config.precision == "bf16"
-    return {(True, True): "bf16", (False, False): "fp32 (no bf16 in this hardware)", (True, False): "fp32, as asked",
-            (False, True): "bf16, as asked: without hardware for it, slower than fp32"}[here, half]
-
-
-def shown(value):
-    """An option's value as it is typed."""
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-class Parser(argparse.ArgumentParser):
-    """An error here is like every other one."""
-
-    def error(self, message):
-        raise RunError(f"{message} (--help lists the options)")
-
-
-def parse(arguments=None):
-    """Command line -> {name: value} of the options given, what to do with a checkpoint instead of training."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    for f in fields(Config):
-        how = dict(f.metadata)
-        if isinstance(f.default, bool):
-            how["action"] = "store_true"
-        else:
-            how.setdefault("type", type(f.default))
-            others = {"lits": DATASETS["lits"], "quick": PRESETS["quick"]}
-            values = [shown(f.default)] + [f"{name} {shown(v[f.name])}" for name, v in others.items() if f.name in v]
-            how["help"] += f" ({', '.join(values)})" if values[0] else ""
-        spellings = [f"--{f.name.replace('_', '-')}"]
-        if f.name in GRID:
-            spellings, how["nargs"] = spellings + [f"{spellings[0]}s"], "+"
-            how["help"] += "; several: one run after another, each in a folder of its own below --out"
-        parser.add_argument(*spellings, **how)
-    group = parser.add_argument_group("using a checkpoint instead of training")
-    either = group.add_mutually_exclusive_group()
-    either.add_argument("--evaluate", action="store_true", help="test --checkpoint, as at the end of a run; files only with --out")
-    either.add_argument("--predict", nargs="+", metavar="PATH", help="write masks of these images or CT volumes, or of those in "
-                        "these folders, into --out")
-    group.add_argument("--checkpoint", type=Path, help="a .pt file of a run, or a published one: a bare state dict, of which "
-                       "--model and --dataset say the rest")
-    given = vars(parser.parse_args(arguments))
-    use = {name: given.pop(name) for name in ("evaluate", "predict", "checkpoint") if name in given}
-    if use and len(use) < 2:
-        parser.error("--evaluate and --predict need --checkpoint FILE, and it needs one of them")
-    if "predict" in use and not given.get("out"):
-        parser.error("--predict needs --out FOLDER")
-    for name in given.keys() & set(GRID):
-        values = list(dict.fromkeys(given[name]))
-        given[name] = values if len(values) > 1 else values[0]
-    if use and several(given):
-        parser.error("a checkpoint is of one method, fold and seed")
-    return given, use
-
-
-def several(given):
-    """{option: its values} of those that were given several."""
-    return {name: given[name] for name in GRID if isinstance(given.get(name), list)}
-
-
-def run_grid(given, processes=ALONE):
-    """A run for each combination of methods, folds and seeds, except those that are complete, and their comparison.
-
-    A run that is refused does not keep the others from running. Raises RunError for them at the end, and before anything
-    begins for options that no run can use and folders that hold something else.
-    """
-    axes, plan = several(given), []
-    for values in itertools.product(*axes.values()):
-        config, why = configure({**given, **dict(zip(axes, values))})
-        folder = Path(config.out or "runs") / runs.run_name(config)
-        config.out = str(folder)
-        check(config)
-        complete = processes.from_first(lambda: runs.is_complete(folder, config))
-        if not complete:
-            processes.from_first(lambda: runs.check_folder(folder, {"config": asdict(config)}, config.resume))
-        plan.append((folder, config, why, complete))
-    federation, fold, failures = None, None, []
-    for i, (folder, config, why, complete) in enumerate(plan, start=1):
-        print(f"run {i} of {len(plan)}: {folder}{' is complete' if complete else ''}\n", flush=True)
-        if fold != config.fold:
-            federation, fold = load_data(config, data.find(config.dataset, config.data_root), processes), config.fold
-        try:
-            if complete:
-                processes.from_first(lambda: runs.check_same(folder / "config.json", identity(config, federation)))
-            else:
-                run(config, why, federation, processes)
-        except RunError as error:
-            failures.append(f"{folder}: {error}")
-    folders = [str(folder) for folder, *_ in plan if (folder / "results.json").exists()]
-    if folders:
-        print("\n" + processes.from_first(lambda: metrics.report(metrics.compare(folders))))
-        print(f"\nto draw it: python metrics.py {' '.join(folders)} --plot comparison.png")
-    if failures:
-        raise RunError(f"{len(failures)} of {len(plan)} runs failed: " + "; ".join(failures))
-
-
-def main(arguments=None):
-    """The command line. -> exit code: 0, 2 for an error (one line on stderr), 130 when interrupted"""
-    processes, use = Processes(READABLE), {}
-    try:
-        processes.join()
-        given, use = parse(arguments)
-        if use and processes.count > 1:
-            raise RunError("--evaluate and --predict are work for one process: start them without torchrun")
-        if "evaluate" in use:
-            evaluate_checkpoint(use["checkpoint"], given)
-        elif "predict" in use:
-            predict_files(use["predict"], use["checkpoint"], given)
-        elif several(given):
-            run_grid(given, processes)
-        else:
-            run(*configure(given), processes=processes)
-        processes.leave()
-    except (*READABLE, OtherEnded) as error:
-        if processes.rank == 0 or isinstance(error, OtherEnded):  # the others' errors are process 0's, too
-            print(f"fedgs.py: error: {error}", file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as error:  # torch says so with a RuntimeError
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        hint = "" if use else ": choose a smaller --batch-size, --image-size or --width"
-        print(f"fedgs.py: error: out of memory{hint}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        hint = "what was written stays" if use else GO_ON
-        if processes.rank == 0:
-            print(f"\nfedgs.py: interrupted; {hint}", file=sys.stderr)
-        return 130
-    return 0
+        processes.end_on_sigterm()
+        others = {"lits": DATASETS["lits"], "quick": PRESETS["quick"]}
+        given = options.parse(Config, __doc__, arguments, others)
+        config, why = configure(given)
+        run(config, why)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,153 +1,291 @@
-"""The method's three operations, compiled: drop-ins for the PyTorch definitions of the same names in fedgs.py.
+"""The method's three operations, compiled: drop-ins for the definitions in fedgs.py.
 
-Importing raises ImportError where they are not compiled; `pip install -e .` does that. Tensors on a CPU go to
-kernels_cpu.cpp, tensors on a GPU to kernels_cuda.cu, on torch's current stream. Every argument is checked here, since
-the kernels see addresses only: what does not fit raises ValueError with the argument's name.
+Importing raises ImportError where they are not compiled; `pip install -e .` does that. Tensors on a
+CPU go to kernels_cpu.cpp, tensors on a GPU to kernels_cuda.cu, on torch's current stream. The
+kernels see nothing but addresses, so every argument is checked here: what does not fit raises
+ValueError with the argument's name.
 """
 
 import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-import csrc._kernels as _kernels  # "from csrc" would blame a circular import where it is not compiled
+# "from csrc import" would blame a circular import where the kernels are not compiled.
+import csrc._kernels as _kernels
 
+# Two checkouts may share an environment, in which only one of them is installed.
 if Path(_kernels.__file__).resolve().parent != Path(__file__).resolve().parent:
-    raise ImportError(f"{_kernels.__file__} belongs to another copy of FedGS")  # where two share an environment
+    raise ImportError(f"{_kernels.__file__} belongs to another copy of FedGS")
 
-PIXELS = {torch.bool: _kernels.Pixel.byte, torch.uint8: _kernels.Pixel.byte, torch.int64: _kernels.Pixel.int64,
-          torch.float32: _kernels.Pixel.float32}
+PIXELS = {
+    torch.bool: _kernels.Pixel.byte,
+    torch.uint8: _kernels.Pixel.byte,
+    torch.int64: _kernels.Pixel.int64,
+    torch.float32: _kernels.Pixel.float32,
+}
 
 
-def problem(device):
-    """Why the kernels cannot run on a torch.device; "" where they can."""
+def problem(device: torch.device) -> str:
+    """Why the kernels cannot run on a device; "" where they can."""
     if device.type == "cpu":
         return ""
     if not hasattr(_kernels, "cuda_problem"):
-        return "csrc was compiled without CUDA, as nvcc was not found: `pip install -e .` compiles it again"
-    return _kernels.cuda_problem(torch.cuda.current_device() if device.index is None else device.index)
+        return (
+            "csrc was compiled without CUDA, as nvcc was not found: "
+            "`pip install -e .` compiles it again"
+        )
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _kernels.cuda_problem(index)
 
 
-def mask_difficulty(masks, small, log_base):
-    """Lesion areas, difficulties and the step scale of a batch, each mask read once; one launch on a GPU.
+def mask_difficulty(masks: Tensor, small: Tensor, log_base: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Lesion areas, difficulties and the step scale of a batch (paper, section 2).
 
-    masks (B, 1, H, W) or (B, H, W) bool, uint8, int64 or float32, nonzero = lesion; small (B,); log_base > 1.
-    -> area (B,) int64, in pixels; delta (B,) float32; eta, 0-dim float32. See fedgs.mask_difficulty for the formulas.
+    Each mask is read once; on a GPU it is one launch.
+
+    masks (B, 1, H, W) or (B, H, W) bool, uint8, int64 or float32, nonzero = lesion; small (B,);
+    log_base > 1. -> area (B,) int64, in pixels; difficulty (B,) float32; eta, 0-dim float32.
     Raises ValueError for other shapes and types, and for flags on another device.
     """
-    require(masks.dtype in PIXELS, f"masks must be bool, uint8, int64 or float32, not {masks.dtype}")
-    require(masks.ndim == 3 or (masks.ndim == 4 and masks.shape[1] == 1),
-            f"masks must be (B, 1, H, W) or (B, H, W), not {tuple(masks.shape)}")
-    require(small.shape == masks.shape[:1], f"small must be ({len(masks)},), one flag a mask, not {tuple(small.shape)}")
-    require(small.device == masks.device, f"small is on {small.device}, masks are on {masks.device}")
-    require(log_base > 1, f"log_base must be above 1, not {log_base}")
-    masks, small = masks.contiguous(), small.to(torch.bool).contiguous()
-    images, pixels = len(masks), masks.shape[-2] * masks.shape[-1]
-    area = torch.empty(images, dtype=torch.int64, device=masks.device)
-    delta, eta = torch.empty(images, device=masks.device), torch.empty((), device=masks.device)
-    given = (masks.data_ptr(), PIXELS[masks.dtype], small.data_ptr(), images, pixels, log_base, area.data_ptr(),
-             delta.data_ptr(), eta.data_ptr())
+    check_masks(masks, small)
+    if not log_base > 1:
+        raise ValueError(f"log_base must be above 1, not {log_base}")
+
+    masks = masks.contiguous()
+    small = small.to(torch.bool).contiguous()
+    images = len(masks)
+    pixels = masks.shape[-2] * masks.shape[-1]
+
+    device = masks.device
+    area = torch.empty(images, dtype=torch.int64, device=device)
+    difficulty = torch.empty(images, dtype=torch.float32, device=device)
+    eta = torch.empty((), dtype=torch.float32, device=device)
+    pixel = PIXELS[masks.dtype]
+    batch = _kernels.Masks(
+        masks=address(masks),
+        pixel=pixel,
+        small=address(small),
+        images=images,
+        pixels=pixels,
+        log_base=log_base,
+        area=address(area),
+        difficulty=address(difficulty),
+        eta=address(eta),
+    )
+
     if on_cpu(masks, "masks"):
-        _kernels.mask_difficulty_cpu(*given, torch.get_num_threads())
+        _kernels.mask_difficulty_cpu(batch, torch.get_num_threads())
     else:
-        partial = area.new_empty(_kernels.mask_partials(PIXELS[masks.dtype], images, pixels), dtype=torch.int32)
-        _kernels.mask_difficulty_cuda(*given, partial.data_ptr(), ticket(masks.device).data_ptr(), *place(masks))
-    return area, delta, eta
+        # What the blocks of a launch need to tell each other.
+        count = _kernels.mask_partials(pixel, images, pixels)
+        partial = torch.empty(count, dtype=torch.int32, device=device)
+        counter = ticket(device)
+        index, stream = place(masks)
+        _kernels.mask_difficulty_cuda(batch, address(partial), address(counter), index, stream)
+    return area, difficulty, eta
 
 
-def adamw_accumulate_(theta, grad, m, v, step, lr, delta=None, eta=None,
-                      betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
-    """One AdamW step on flat vectors, in place, and delta += eta s, in one pass: 5 reads and 4 writes a parameter.
+def adamw_accumulate_(
+    theta: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: int,
+    lr: float,
+    update: Tensor | None = None,
+    eta: Tensor | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> None:
+    """One AdamW step on flat vectors, in place; with update and eta also update += eta s.
 
-    theta, grad, m, v, delta: (P,) float32 on one device; step counts from 1; eta: 0-dim float32 on the same device,
-    or leave delta and eta out. See fedgs.adamw_accumulate_ for the formulas.
-    Raises ValueError for other shapes, types and devices, and for vectors that overlap in memory.
+    One pass over memory: 5 reads and 4 writes a parameter.
+
+    theta, grad, m, v, update: (P,) float32 on one device; step counts from 1; eta: 0-dim float32 on
+    the same device. Raises ValueError for other shapes, types and devices, and for tensors that
+    overlap in memory.
     """
-    vectors = {"theta": theta, "grad": grad, "m": m, "v": v} | ({} if delta is None else {"delta": delta})
-    check_vectors(vectors, theta)
-    check_apart(vectors | ({} if eta is None else {"eta": eta}))
-    require((delta is None) == (eta is None), "delta and eta go together")
+    tensors = {"theta": theta, "grad": grad, "m": m, "v": v}
+    if update is not None:
+        tensors["update"] = update
+    check_vectors(tensors)
+
+    if (update is None) != (eta is None):
+        raise ValueError("update and eta go together")
     if eta is not None:
-        require(eta.shape == () and eta.dtype == torch.float32,
-                f"eta must be 0-dim float32, not {eta.dtype} of shape {tuple(eta.shape)}")
-        require(eta.device == theta.device, f"eta is on {eta.device}, theta on {theta.device}")
-    require(step >= 1, f"step must count from 1, not {step}")
-    given = (theta.data_ptr(), grad.data_ptr(), m.data_ptr(), v.data_ptr(), 0 if delta is None else delta.data_ptr(),
-             0 if eta is None else eta.data_ptr(), theta.numel(), step, lr, betas, eps, weight_decay)
+        check_scale(eta, theta)
+        tensors["eta"] = eta
+    check_apart(tensors)
+    if step < 1:
+        raise ValueError(f"step must count from 1, not {step}")
+
+    vectors = _kernels.Step(
+        theta=address(theta),
+        grad=address(grad),
+        m=address(m),
+        v=address(v),
+        update=address(update),
+        eta=address(eta),
+        n=theta.numel(),
+    )
+    adam = _kernels.AdamW(
+        step=step,
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        eps=eps,
+        weight_decay=weight_decay,
+    )
+
     if on_cpu(theta, "theta"):
-        _kernels.adamw_accumulate_cpu(*given, torch.get_num_threads())
+        _kernels.adamw_accumulate_cpu(vectors, adam, torch.get_num_threads())
     else:
-        _kernels.adamw_accumulate_cuda(*given, *place(theta))
+        index, stream = place(theta)
+        _kernels.adamw_accumulate_cuda(vectors, adam, index, stream)
 
 
-def aggregate(theta, updates, weights, server_lr=1.0):
-    """theta - server_lr sum_k w_k Delta_k, in client order and one pass: K + 1 reads and 1 write a parameter.
+def aggregate(
+    total: Tensor, updates: Sequence[Tensor], weights: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """total + sum_k w_k Delta_k, summed in client order.
 
-    theta (P,) float32; updates: K vectors like it; weights: K numbers. -> new theta (P,), squared norm of each update
-    (K,) float64, whether each update is finite (K,) bool. See fedgs.aggregate.
-    Raises ValueError for other shapes, types and devices, for no update, and for another number of weights.
+    One pass over memory: K + 1 reads and 1 write a parameter.
+
+    total (P,) float32; updates: K vectors like it; weights: K numbers. -> the sum (P,), the squared
+    norm of each update (K,) float64, whether each update is finite (K,) bool.
+    Raises ValueError for other shapes, types and devices, for no update, and for another number of
+    weights.
     """
-    require(len(updates) > 0, "updates is empty: there is nothing to aggregate")
-    require(len(weights) == len(updates), f"weights must be {len(updates)} numbers, one an update, not {len(weights)}")
-    check_vectors({"theta": theta} | {f"updates[{k}]": update for k, update in enumerate(updates)}, theta)
-    new = torch.empty_like(theta)
-    norms = torch.empty(len(updates), dtype=torch.float64, device=theta.device)
-    given = (theta.data_ptr(), [update.data_ptr() for update in updates], [server_lr * weight for weight in weights],
-             theta.numel(), new.data_ptr(), norms.data_ptr())
-    if on_cpu(theta, "theta"):
-        _kernels.aggregate_cpu(*given, torch.get_num_threads())
+    clients = len(updates)
+    if clients == 0:
+        raise ValueError("updates is empty: there is nothing to aggregate")
+    if len(weights) != clients:
+        raise ValueError(f"weights must be {clients} numbers, one an update, not {len(weights)}")
+
+    vectors = {"total": total}
+    for k, update in enumerate(updates):
+        vectors[f"updates[{k}]"] = update
+    check_vectors(vectors)
+
+    result = torch.empty_like(total)
+    norms = torch.empty(clients, dtype=torch.float64, device=total.device)
+    weighted_sum = _kernels.Sum(
+        total=address(total),
+        updates=[address(update) for update in updates],
+        weights=list(weights),
+        n=total.numel(),
+        out=address(result),
+        norms=address(norms),
+    )
+
+    if on_cpu(total, "total"):
+        _kernels.aggregate_cpu(weighted_sum, torch.get_num_threads())
     else:
-        partial = norms.new_empty(len(updates) * _kernels.AGGREGATE_BLOCKS)
-        _kernels.aggregate_cuda(*given, partial.data_ptr(), *place(theta))
-    return new, norms, norms.isfinite()
+        partial = norms.new_empty(clients * _kernels.AGGREGATE_BLOCKS)
+        index, stream = place(total)
+        _kernels.aggregate_cuda(weighted_sum, address(partial), index, stream)
+
+    # A sum of squares is finite exactly where all its terms are.
+    return result, norms, norms.isfinite()
 
 
-# ---------------------------------------------------------------------------------------------- arguments
+# --------------------------------------------------------------------------------------- arguments
 
 
-def require(condition, message):
-    if not condition:
-        raise ValueError(message)
+def check_masks(masks: Tensor, small: Tensor) -> None:
+    """Raise ValueError unless these are a batch's masks and flags, on one device."""
+    if masks.dtype not in PIXELS:
+        raise ValueError(f"masks must be bool, uint8, int64 or float32, not {masks.dtype}")
+
+    one_channel = masks.ndim == 4 and masks.shape[1] == 1
+    if not (masks.ndim == 3 or one_channel):
+        shape = tuple(masks.shape)
+        raise ValueError(f"masks must be (B, 1, H, W) or (B, H, W), not {shape}")
+
+    if small.shape != masks.shape[:1]:
+        shape = tuple(small.shape)
+        raise ValueError(f"small must be ({len(masks)},), one flag a mask, not {shape}")
+    if small.device != masks.device:
+        raise ValueError(f"small is on {small.device}, masks are on {masks.device}")
 
 
-def check_vectors(vectors, like):
-    """Whether {name: tensor} are contiguous float32 vectors of one size and device."""
+def check_vectors(vectors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless all are contiguous float32 vectors, as the first one is."""
+    like_name, like = next(iter(vectors.items()))
     for name, x in vectors.items():
-        require(x.dtype == torch.float32, f"{name} must be float32, not {x.dtype}")
-        require(x.ndim == 1 and x.is_contiguous(), f"{name} must be a contiguous vector, not of shape {tuple(x.shape)}, "
-                f"strides {x.stride()}")
-        require(x.numel() == like.numel(), f"{name} has {x.numel()} elements, theta {like.numel()}")
-        require(x.device == like.device, f"{name} is on {x.device}, theta on {like.device}")
+        if x.dtype != torch.float32:
+            raise ValueError(f"{name} must be float32, not {x.dtype}")
+        if x.ndim != 1 or not x.is_contiguous():
+            layout = f"of shape {tuple(x.shape)}, strides {x.stride()}"
+            raise ValueError(f"{name} must be a contiguous vector, not {layout}")
+        if x.numel() != like.numel():
+            raise ValueError(f"{name} has {x.numel()} elements, {like_name} {like.numel()}")
+        if x.device != like.device:
+            raise ValueError(f"{name} is on {x.device}, {like_name} on {like.device}")
 
 
-def check_apart(tensors):
-    """Whether no two of {name: tensor} overlap in memory."""
-    spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes, name) for name, x in tensors.items() if x.numel())
-    for (_, end, name), (start, _, other) in zip(spans, spans[1:]):
-        require(end <= start, f"{name} and {other} share memory")
+def check_scale(eta: Tensor, theta: Tensor) -> None:
+    """Raise ValueError unless eta is one float32 number on theta's device."""
+    if eta.ndim != 0 or eta.dtype != torch.float32:
+        shape = tuple(eta.shape)
+        raise ValueError(f"eta must be 0-dim float32, not {eta.dtype} of shape {shape}")
+    if eta.device != theta.device:
+        raise ValueError(f"eta is on {eta.device}, theta on {theta.device}")
 
 
-def on_cpu(x, name):
-    """Whether a tensor is on a CPU; if not, on a GPU. Raises ValueError where the kernels were not compiled for it."""
+def check_apart(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if two of these overlap in memory."""
+    spans = []
+    for name, x in tensors.items():
+        if x.numel():
+            spans.append((x.data_ptr(), x.data_ptr() + x.nbytes, name))
+
+    # In order of their addresses, only neighbours can overlap.
+    end, name = 0, ""
+    for next_start, next_end, next_name in sorted(spans):
+        if next_start < end:
+            raise ValueError(f"{name} and {next_name} share memory")
+        end, name = next_end, next_name
+
+
+def on_cpu(x: Tensor, name: str) -> bool:
+    """Whether a tensor is on a CPU; if not, it is on a GPU.
+
+    Raises ValueError where the kernels were not compiled for its device.
+    """
     if x.device.type == "cpu":
         return True
-    require(x.device.type == "cuda", f"{name} is on {x.device}: the kernels run on CPUs and CUDA GPUs")
-    require(hasattr(_kernels, "cuda_problem"), f"{name} is on {x.device}, but {problem(x.device)}")
+    if x.device.type != "cuda":
+        raise ValueError(f"{name} is on {x.device}: the kernels run on CPUs and CUDA GPUs")
+    if not hasattr(_kernels, "cuda_problem"):
+        raise ValueError(f"{name} is on {x.device}, but {problem(x.device)}")
     return False
 
 
-# ------------------------------------------------------------------------------------------ where CUDA runs
+def address(x: Tensor | None) -> int:
+    """Where a tensor's memory begins; 0 for no tensor."""
+    if x is None:
+        return 0
+    return x.data_ptr()
 
 
-def place(x):
+# -------------------------------------------------------------------------------- where CUDA runs
+
+
+def place(x: Tensor) -> tuple[int, int]:
     """The number of a tensor's GPU, and the address of torch's current stream there."""
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
-def ticket(device):
-    """The counter from which the blocks of mask_difficulty learn which of them is the last: 0 between calls.
+def ticket(device: torch.device) -> Tensor:
+    """The counter from which the blocks of mask_difficulty learn which of them is the last.
 
-    Each stream has its own. While a graph is captured it is new, and belongs to the graph, which zeroes it at each replay.
+    It is 0 between calls. Each stream has its own. While a graph is captured the counter is new,
+    and belongs to the graph, which zeroes it at each replay.
     """
     with torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():
@@ -156,5 +294,5 @@ def ticket(device):
 
 
 @functools.cache
-def lasting_ticket(device, stream):
+def lasting_ticket(device: torch.device, stream: torch.cuda.Stream) -> Tensor:
     return torch.zeros(1, dtype=torch.int32, device=device)

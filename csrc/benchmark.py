@@ -1,11 +1,12 @@
 """The kernels against every way PyTorch has of doing the same: checked first, then timed.
 
-    python csrc/benchmark.py                        # this machine's GPU if there is one, else its CPU
+    python csrc/benchmark.py                        # this machine's GPU, else its CPU
     python csrc/benchmark.py --device cpu --only adamw aggregate --json figures.json
-    python csrc/benchmark.py --only training round  # whole steps of training, and where their time goes
+    python csrc/benchmark.py --only training round  # whole steps, and where their time goes
 
-Each operation counts the bytes that it cannot avoid moving. Its time gives a bandwidth, which is compared with that of
-a plain copy in the same run, and with the best of the PyTorch paths. Medians; on a GPU by CUDA events, with cold caches.
+Each operation counts the bytes that it cannot avoid moving. Its time gives a bandwidth, which is
+compared with that of a plain copy in the same run, and with the best of the PyTorch paths. Medians;
+on a GPU by CUDA events, with cold caches.
 """
 
 import argparse
@@ -19,558 +20,971 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
+# This file is a program inside the package: Python looks for imports beside it, not above it.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import csrc
 import data
 import fedgs
 from models import UTNet
+from support import hardware, standin, tables
 
-LR, BETAS, EPS, DECAY, STEP, ETA = 1e-4, (0.9, 0.999), 1e-8, 0.01, 10, 1.7
-UTNET, SD_UTNET = 14_418_788, 18_836_223  # numbers of parameters, at 512x512
-PAPER = 100 * 5 * sum(images // 4 for images in (204, 240, 365, 181, 166))  # steps: rounds, epochs, PolypGen's fold 1
-PARTS = "data", "forward", "backward", "difficulty", "step"
-OPERATIONS = "adamw", "aggregate", "masks", "steps", "training", "round"
+# The arguments of a step, and a batch's step scale.
+LR = 1e-4
+BETAS = (0.9, 0.999)
+EPS = 1e-8
+DECAY = 0.01
+STEP = 10
+ETA = 1.7
+
+# Numbers of parameters, at 512 x 512, and what is timed with them.
+UTNET = 14_418_788
+SD_UTNET = 18_836_223
+STEP_SIZES = (UTNET, SD_UTNET, 100_000_000)
+SUM_SIZES = ((UTNET, 5), (UTNET, 32), (SD_UTNET, 5), (100_000_000, 5))  # with numbers of clients
+MASK_SIZES = ((4, 128), (4, 512), (16, 1024))  # images, and their side
+
+# Whole steps: sides of images, and how often a client's images are gone through.
+WIDTH = 32
+OVERHEAD_SIDES = {"cpu": {128: 5, 256: 2}, "cuda": {128: 10, 256: 10, 512: 10}}
+TRAINING_SIDES = {"cpu": {128: 3, 256: 2}, "cuda": {256: 10, 512: 10}}
+ROUND_SIDES = {"cpu": {256: 3}, "cuda": {512: 12}}
+
+PARTS = ("data", "forward", "backward", "difficulty", "step")  # of a training step, in order
+PAPER_IMAGES = (204, 240, 365, 181, 166)  # of PolypGen's clients, in fold 1
+PAPER_STEPS = 100 * 5 * sum(images // 4 for images in PAPER_IMAGES)  # rounds x epochs x batches
 
 
-# ------------------------------------------------------------------------------------------------ measuring
-
-
-def seconds(function, device, budget=2.0):
-    """Median time of a call, of at least 5 calls and as many as fit the budget (in seconds), after two to warm up."""
-    cold = torch.empty(64 * 2**20, device=device) if device.type == "cuda" else None  # 256 MB, more than any cache holds
-    times = []
-    for call in range(-2, 200):
-        if cold is not None:
-            cold.zero_()
-        times.append(timed(function, device)())
-        if call >= 5 and sum(times) > budget:
-            break
-    return statistics.median(times[2:])
-
-
-def timed(function, device):
-    """The function with its result replaced by the seconds it took, on a GPU those between two events."""
-
-    def on_cpu(*given):
-        start = time.perf_counter()
-        function(*given)
-        return time.perf_counter() - start
-
-    def on_gpu(*given):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function(*given)
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-    return on_cpu if device.type == "cpu" else on_gpu
+# --------------------------------------------------------------------------------------- measuring
 
 
 class Clock:
-    """Takes the place of a progress bar: notes when each step ends, on a GPU without waiting for it."""
+    """Notes when each of several steps ends."""
 
-    def __init__(self, device):
-        self.device, self.ends = device, []
+    def __init__(self):
+        self.ends = []
 
-    def update(self):
-        if self.device.type == "cuda":
-            self.ends.append(torch.cuda.Event(enable_timing=True))
-            self.ends[-1].record()
-        else:
-            self.ends.append(time.perf_counter())
+    def tick(self) -> None:
+        self.ends.append(time.perf_counter())
 
-    def seconds(self):
+    def seconds(self) -> list[float]:
         """From each end to the next."""
-        if self.device.type == "cpu":
-            return np.diff(self.ends)
+        return [end - start for start, end in itertools.pairwise(self.ends)]
+
+
+class GpuClock(Clock):
+    """The same by CUDA events: the GPU notes the time when it gets there, and nobody waits."""
+
+    def tick(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.ends.append(event)
+
+    def seconds(self) -> list[float]:
         self.ends[-1].synchronize()
-        return np.array([start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(self.ends)])
+        pairs = itertools.pairwise(self.ends)
+        return [start.elapsed_time(end) / 1e3 for start, end in pairs]
 
 
-def alone(function, *given):
-    """The function's result in a fresh process, which has its own allocator and its own peak of memory."""
+def new_clock(device: torch.device) -> Clock:
+    if device.type == "cuda":
+        return GpuClock()
+    return Clock()
+
+
+def time_call(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds that one call takes."""
+    clock = new_clock(device)
+    clock.tick()
+    function()
+    clock.tick()
+    return clock.seconds()[0]
+
+
+def median_seconds(
+    function: Callable[[], object], device: torch.device, budget: float = 2.0
+) -> float:
+    """Median time of a call: of at least 5 calls, and as many as fit the budget (in seconds)."""
+    # On a GPU, writing 256 MB before each call pushes everything else out of its caches.
+    cold = None
+    if device.type == "cuda":
+        cold = torch.empty(64 * 2**20, device=device)
+
+    # Two calls warm up.
+    function()
+    function()
+
+    times = []
+    while len(times) < 5 or (sum(times) < budget and len(times) < 200):
+        if cold is not None:
+            cold.zero_()
+        times.append(time_call(function, device))
+    return statistics.median(times)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written, of a copy that no cache holds."""
+    source, target = torch.ones(2, 100_000_000, device=device)
+    return 2 * source.nbytes / median_seconds(partial(target.copy_, source), device)
+
+
+def alone(function: Callable[[], object]) -> object:
+    """A call's result from a fresh process, which has its own allocator and peak of memory."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *given).result()
+        return pool.submit(function).result()
 
 
-def peak_memory(device):
-    """The most bytes that this process has held, on a GPU in tensors. (A CPU's ru_maxrss would include its parent's.)"""
+def peak_memory(device: torch.device) -> float:
+    """The most bytes that this process has held; on a GPU, in tensors."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")  # Linux
-    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) if status.exists() else math.nan
+
+    # Linux says it here; ru_maxrss would include what the parent process held.
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return math.nan
+    kilobytes = re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]
+    return 1024 * int(kilobytes)
 
 
-def gpu_seconds(function):
-    """How long the kernels and copies of a call keep the GPU busy; one after another, as UTNet's are."""
+def gpu_seconds(function: Callable[[], object]) -> float:
+    """How long a call's kernels and copies keep the GPU busy, one after another as UTNet's are."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         function()
         torch.cuda.synchronize()
-    events = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(e.self_device_time_total for e in events) / 1e6
+
+    microseconds = 0
+    for event in profiler.key_averages():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            microseconds += event.self_device_time_total
+    return microseconds / 1e6
 
 
-def copy_bandwidth(device):
-    """Bytes a second, read and written, of a copy that no cache holds."""
-    source, target = torch.ones(2, 100_000_000, device=device)
-    return 2 * source.nbytes / seconds(lambda: target.copy_(source), device)
+# -------------------------------------------------- an operation: its paths, their errors and times
+
+Paths = dict[str, Callable[[], object]]  # {name: what does the whole operation, as PyTorch could}
 
 
-# ------------------------------------------------------------------------------------------ adamw_accumulate_
+def accept(what: str, error: Tensor, allowed: float) -> None:
+    """End the program if a result is further from float64's than rounding explains."""
+    worst = error.max().item()
+    if not worst <= allowed:
+        sys.exit(
+            f"benchmark.py: {what} is off by {worst:.1e}, more than {allowed:.0e}; "
+            "nothing was timed"
+        )
+
+
+def time_paths(
+    operation: str, size: str, moved: int, paths: Paths, device: torch.device
+) -> dict[str, object]:
+    """The figures of an operation that has to move so many bytes."""
+    print(f"timing {operation}, {size}", file=sys.stderr)
+    times = {name: median_seconds(path, device) for name, path in paths.items()}
+
+    # What torch.compile has made for this size would only be in the next one's way.
+    torch.compiler.reset()
+
+    others = [name for name in times if name != "kernel"]
+    best = min(others, key=times.get)
+    return {
+        "operation": operation,
+        "size": size,
+        "bytes": moved,
+        "ms": {name: 1e3 * seconds for name, seconds in times.items()},
+        "bandwidth": moved / times["kernel"],
+        "best": best,
+        "ratio": times[best] / times["kernel"],
+    }
 
 
 @functools.cache
-def shapes_of(size):
-    """Sizes of UTNet's tensors, as often as all of them fit into a vector of this size, and what is left."""
-    sizes = [p.numel() for p in UTNet(in_channels=3, classes=2, width=32).parameters()]
+def tensor_sizes(size: int) -> list[int]:
+    """How a vector of this size is cut into UTNet's tensors, as often as they fit, and a rest."""
+    network = UTNet(in_channels=3, classes=2, width=32)
+    sizes = [parameter.numel() for parameter in network.parameters()]
     whole, rest = divmod(size, UTNET)
-    return sizes * whole + [rest] * (rest > 0)
+    return sizes * whole + ([rest] if rest else [])
 
 
-def step_inputs(size, device, dtype=torch.float32):
-    """theta, grad, m, v, delta, eta"""
+# ------------------------------------------------------------------------------- adamw_accumulate_
+
+
+class StepInputs(NamedTuple):
+    """What a step reads and writes."""
+
+    theta: Tensor
+    grad: Tensor
+    m: Tensor
+    v: Tensor
+    update: Tensor
+    eta: Tensor
+
+
+def step_inputs(size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> StepInputs:
+    """Drawn vectors; the same numbers on every device and in every precision."""
     generator = torch.Generator().manual_seed(0)
     vectors = [torch.randn(size, generator=generator).to(device, dtype) for _ in range(5)]
-    vectors[3].square_()
-    return *vectors, torch.tensor(ETA, device=device, dtype=dtype)
+    theta, grad, m, v, update = vectors
+    eta = torch.tensor(ETA, device=device, dtype=dtype)
+    return StepInputs(theta, grad, m, v.square_(), update, eta)
 
 
-def step_paths(theta, grad, m, v, delta, eta):
-    """{name: a function that takes one step in place}"""
-    vectors = theta, grad, m, v, delta
-    tensors = [x.split(shapes_of(len(theta))) for x in vectors]
-    flat = torch.compile(fedgs.adamw_accumulate_, dynamic=False)
+def step_whole(adamw_accumulate_: Callable, x: StepInputs) -> None:
+    """One call for whole vectors: the kernel, the definition, and the definition compiled."""
+    adamw_accumulate_(x.theta, x.grad, x.m, x.v, STEP, LR, x.update, x.eta)
 
-    def one_by_one():
-        for t, g, first, second, d in zip(*tensors):
-            fedgs.adamw_accumulate_(t, g, first, second, STEP, LR, d, eta)
 
-    def foreach():
-        t, g, first, second, d = tensors
-        torch._foreach_mul_(t, 1 - LR * DECAY)
-        torch._foreach_lerp_(first, g, 1 - BETAS[0])
-        torch._foreach_mul_(second, BETAS[1])
-        torch._foreach_addcmul_(second, g, g, 1 - BETAS[1])
-        root = torch._foreach_div(second, 1 - BETAS[1] ** STEP)
-        torch._foreach_sqrt_(root)
-        torch._foreach_add_(root, EPS)
-        s = torch._foreach_div(first, root)
-        torch._foreach_mul_(s, LR / (1 - BETAS[0] ** STEP))
-        torch._foreach_sub_(t, s)
-        torch._foreach_mul_(s, eta)
-        torch._foreach_add_(d, s)
+def step_each(tensors: list[StepInputs]) -> None:
+    """The definition for one tensor after another, as a network without a flat vector would."""
+    for x in tensors:
+        step_whole(fedgs.adamw_accumulate_, x)
 
-    parameter = torch.nn.Parameter(theta)  # shares theta's memory
-    parameter.grad = grad
+
+def step_foreach(theta: list, grad: list, m: list, v: list, update: list, eta: Tensor) -> None:
+    """The definition's lines by torch._foreach_*, which PyTorch's own optimisers use."""
+    torch._foreach_mul_(theta, 1 - LR * DECAY)
+    torch._foreach_lerp_(m, grad, 1 - BETAS[0])
+    torch._foreach_mul_(v, BETAS[1])
+    torch._foreach_addcmul_(v, grad, grad, 1 - BETAS[1])
+
+    root = torch._foreach_div(v, 1 - BETAS[1] ** STEP)
+    torch._foreach_sqrt_(root)
+    torch._foreach_add_(root, EPS)
+    s = torch._foreach_div(m, root)
+    torch._foreach_mul_(s, LR / (1 - BETAS[0] ** STEP))
+    torch._foreach_sub_(theta, s)
+
+    torch._foreach_mul_(s, eta)
+    torch._foreach_add_(update, s)
+
+
+def fused_step(x: StepInputs) -> Callable[[], None]:
+    """PyTorch's fused AdamW. It does not report s, so theta before and after have to tell."""
+    # The parameter shares theta's memory.
+    parameter = torch.nn.Parameter(x.theta)
+    parameter.grad = x.grad
     optimiser = torch.optim.AdamW([parameter], LR, BETAS, EPS, DECAY, fused=True)
 
-    def fused():
-        count = torch.tensor(STEP - 1.0, device=theta.device)
-        optimiser.state[parameter] = {"step": count, "exp_avg": m, "exp_avg_sq": v}
-        before = theta.clone()
+    def step() -> None:
+        # It counts steps itself. Here every call is to be the same step, number STEP.
+        count = torch.tensor(STEP - 1.0, device=x.theta.device)
+        optimiser.state[parameter] = {"step": count, "exp_avg": x.m, "exp_avg_sq": x.v}
+        before = x.theta.clone()
         optimiser.step()
-        s = torch._foreach_mul([before], 1 - LR * DECAY)
-        torch._foreach_sub_(s, [theta])
-        torch._foreach_mul_(s, eta)
-        torch._foreach_add_([delta], s)
 
+        # s = what the decay has left of theta before, less theta after
+        s = torch._foreach_mul([before], 1 - LR * DECAY)
+        torch._foreach_sub_(s, [x.theta])
+        torch._foreach_mul_(s, x.eta)
+        torch._foreach_add_([x.update], s)
+
+    return step
+
+
+def step_paths(x: StepInputs) -> Paths:
+    """All ways of taking one step, in place."""
+    sizes = tensor_sizes(len(x.theta))
+    theta, grad, m, v, update = (vector.split(sizes) for vector in x[:5])
+    etas = [x.eta] * len(sizes)
+    columns = zip(theta, grad, m, v, update, etas, strict=True)
+    tensors = [StepInputs._make(column) for column in columns]
+
+    compiled = torch.compile(fedgs.adamw_accumulate_, dynamic=False)
     return {
-        "kernel": lambda: csrc.adamw_accumulate_(theta, grad, m, v, STEP, LR, delta, eta),
-        "eager": lambda: fedgs.adamw_accumulate_(theta, grad, m, v, STEP, LR, delta, eta),
-        "eager, tensor by tensor": one_by_one,
-        "foreach": foreach,
-        "AdamW(fused) + foreach": fused,
-        "torch.compile": lambda: flat(theta, grad, m, v, STEP, LR, delta, eta),
+        "kernel": partial(step_whole, csrc.adamw_accumulate_, x),
+        "eager": partial(step_whole, fedgs.adamw_accumulate_, x),
+        "eager, tensor by tensor": partial(step_each, tensors),
+        "foreach": partial(step_foreach, theta, grad, m, v, update, x.eta),
+        "AdamW(fused) + foreach": fused_step(x),
+        "torch.compile": partial(step_whole, compiled, x),
     }
 
 
-def check_step(device):
-    start = step_inputs(UTNET + 3, "cpu", torch.float64)
-    expected = [x.clone() for x in start]
-    fedgs.adamw_accumulate_(*expected[:4], STEP, LR, *expected[4:])
-    given = [x.to(device, torch.float32) for x in start]
-    for name, path in step_paths(*given).items():
-        for x, value in zip(given, start):
+def check_step(device: torch.device) -> None:
+    """Every path against the definition in float64."""
+    start = step_inputs(UTNET + 3, torch.device("cpu"), torch.float64)
+    expected = StepInputs._make(x.clone() for x in start)
+    step_whole(fedgs.adamw_accumulate_, expected)
+
+    # The paths share their vectors: each begins from the same values again.
+    found = StepInputs._make(x.to(device, torch.float32) for x in start)
+    for name, path in step_paths(found).items():
+        for x, value in zip(found, start, strict=True):
             x.copy_(value)
         path()
-        # AdamW(fused) does not report s: what it leaves of it is a difference of parameters, rounded like them
-        allowed = 3e-7 * (start[0].abs().max() * ETA if "fused" in name else 1)
-        for what, x, value, before in zip(("theta", "grad", "m", "v", "delta"), given, expected, start):
-            accept(f"adamw_accumulate_, {name}: {what}", (x.cpu() - value).abs() / (1 + before.abs()), allowed)
+
+        # What AdamW(fused) leaves of s is a difference of parameters, and rounded like them.
+        allowed = 3e-7
+        if "fused" in name:
+            allowed *= start.theta.abs().max().item() * ETA
+
+        for i, what in enumerate(("theta", "grad", "m", "v", "update")):
+            error = (found[i].cpu() - expected[i]).abs() / (1 + start[i].abs())
+            accept(f"adamw_accumulate_, {name}: {what}", error, allowed)
 
 
-def time_step(device, size):
-    paths = step_paths(*step_inputs(size, device))
-    return row("adamw_accumulate_", f"{size / 1e6:.1f} M", 36 * size, paths, device)
+def time_steps(device: torch.device) -> list[dict]:
+    """5 reads and 4 writes of 4 bytes a parameter."""
+    figures = []
+    for size in STEP_SIZES:
+        paths = step_paths(step_inputs(size, device))
+        label = f"{size / 1e6:.1f} M"
+        figures.append(time_paths("adamw_accumulate_", label, 36 * size, paths, device))
+    return figures
 
 
-# -------------------------------------------------------------------------------------------------- aggregate
+# --------------------------------------------------------------------------------------- aggregate
 
 
-def aggregate_inputs(size, clients, device, dtype=torch.float32):
-    """theta, updates, weights"""
+class SumInputs(NamedTuple):
+    """The arguments of aggregate."""
+
+    total: Tensor
+    updates: list[Tensor]
+    weights: list[float]
+
+
+def sum_inputs(size: int, clients: int, device: torch.device) -> SumInputs:
+    """Drawn vectors; the same numbers on every device."""
     generator = torch.Generator().manual_seed(0)
-    theta, *updates = (torch.randn(size, generator=generator).to(device, dtype) for _ in range(clients + 1))
-    return theta, updates, [1 / clients] * clients
+    total = torch.randn(size, generator=generator).to(device)
+    updates = [torch.randn(size, generator=generator).to(device) for _ in range(clients)]
+    return SumInputs(total, updates, [1 / clients] * clients)
 
 
-def loop(theta, updates, weights):
-    """The definition's sum, without norms and without the check."""
-    new = theta.clone()
-    for update, weight in zip(updates, weights):
-        new = new.sub_(update, alpha=weight)
-    return new
+def sum_whole(aggregate: Callable, x: SumInputs) -> Tensor:
+    """The kernel or the definition, which measure and check the updates as well."""
+    result, _, _ = aggregate(x.total, x.updates, x.weights)
+    return result
 
 
-def aggregate_paths(theta, updates, weights):
-    """{name: a function that returns the new theta}"""
-    shapes = shapes_of(len(theta))
-    tensors, clients = theta.split(shapes), [update.split(shapes) for update in updates]
-    stacked, stacked_weights = torch.stack(updates).T, torch.tensor(weights, device=theta.device)
-    compiled = torch.compile(loop, dynamic=False)
+def add_up(total: Tensor, updates: list[Tensor], weights: list[float]) -> Tensor:
+    """The definition's sum alone, without norms and without the check."""
+    result = total.clone()
+    for update, weight in zip(updates, weights, strict=True):
+        result = result.add_(update, alpha=weight)
+    return result
 
-    def foreach():
-        new = torch.empty_like(theta)
-        out = new.split(shapes)
-        torch._foreach_copy_(out, tensors)
-        for update, weight in zip(clients, weights):
-            torch._foreach_add_(out, update, alpha=-weight)
-        return new
 
+def add_foreach(x: SumInputs, sizes: list[int]) -> Callable[[], Tensor]:
+    """The same for a network's tensors by torch._foreach_*."""
+    tensors = x.total.split(sizes)
+    clients = [update.split(sizes) for update in x.updates]
+
+    def add() -> Tensor:
+        result = torch.empty_like(x.total)
+        parts = result.split(sizes)
+        torch._foreach_copy_(parts, tensors)
+        for update, weight in zip(clients, x.weights, strict=True):
+            torch._foreach_add_(parts, update, alpha=weight)
+        return result
+
+    return add
+
+
+def add_layers(x: SumInputs, sizes: list[int]) -> Callable[[], Tensor]:
+    """How frameworks of federated learning do it: numpy, a layer after another, by reduce."""
+    totals = layers_of(x.total, sizes)
+    clients = [layers_of(update, sizes) for update in x.updates]
+
+    def add() -> Tensor:
+        weighted = []
+        for layers, weight in zip(clients, x.weights, strict=True):
+            weighted.append([layer * np.float32(weight) for layer in layers])
+
+        result = []
+        for i, total in enumerate(totals):
+            layers = [client[i] for client in weighted]
+            result.append(total + functools.reduce(np.add, layers))
+        return torch.from_numpy(np.concatenate(result))
+
+    return add
+
+
+def layers_of(vector: Tensor, sizes: list[int]) -> list[np.ndarray]:
+    return [layer.numpy() for layer in vector.split(sizes)]
+
+
+def sum_paths(x: SumInputs) -> Paths:
+    """All ways of adding weighted updates up; each returns the sum."""
+    sizes = tensor_sizes(len(x.total))
+
+    # Stacking costs as much as the sum does, and is not counted: a kindness to addmv.
+    stacked = torch.stack(x.updates).T
+    weights = torch.tensor(x.weights, device=x.total.device)
+    compiled = torch.compile(add_up, dynamic=False)
     paths = {
-        "kernel": lambda: csrc.aggregate(theta, updates, weights)[0],
-        "eager, with norms and check": lambda: fedgs.aggregate(theta, updates, weights)[0],
-        "eager": lambda: loop(theta, updates, weights),
-        "foreach": foreach,
-        "addmv, stacked before": lambda: torch.addmv(theta, stacked, stacked_weights, alpha=-1),
-        "torch.compile": lambda: compiled(theta, updates, weights),
+        "kernel": partial(sum_whole, csrc.aggregate, x),
+        "eager, with norms and check": partial(sum_whole, fedgs.aggregate, x),
+        "eager": partial(add_up, x.total, x.updates, x.weights),
+        "foreach": add_foreach(x, sizes),
+        "addmv, stacked before": partial(torch.addmv, x.total, stacked, weights),
+        "torch.compile": partial(compiled, x.total, x.updates, x.weights),
     }
-    if theta.device.type == "cpu":
-        layers = [x.numpy() for x in tensors], [[x.numpy() for x in client] for client in clients]
-        paths["numpy, layer by layer"] = lambda: torch.from_numpy(np.concatenate(by_layer(*layers, weights)))
+    if x.total.device.type == "cpu":
+        paths["numpy, layer by layer"] = add_layers(x, sizes)
     return paths
 
 
-def by_layer(theta, clients, weights):
-    """How federated learning frameworks aggregate: one layer after another, summed by reduce."""
-    weighted = ([layer * np.float32(weight) for layer in client] for client, weight in zip(clients, weights))
-    return [t - functools.reduce(np.add, layers) for t, *layers in zip(theta, *weighted)]
-
-
-def check_aggregate(device):
+def check_sum(device: torch.device) -> None:
+    """Every path against the sum in float64, and the kernel's norms."""
     for clients in (1, 5, 33):
-        theta, updates, weights = aggregate_inputs(100_003, clients, "cpu", torch.float64)
-        expected = loop(theta, updates, weights)
-        theta, updates = theta.float(), [x.float() for x in updates]
-        given = theta.to(device), [x.to(device) for x in updates], weights
-        for name, path in aggregate_paths(*given).items():
-            roundings = 2**-24 * 5 * (clients + 1)  # one for each client, of sums up to 5
-            accept(f"aggregate of {clients}, {name}", (path().cpu() - expected).abs(), roundings)
-        norms = torch.stack([x.double().square().sum() for x in updates])
-        accept(f"aggregate of {clients}, norms", (csrc.aggregate(*given)[1].cpu() / norms - 1).abs(), 1e-12)
+        x = sum_inputs(100_003, clients, torch.device("cpu"))
+        doubles = [update.double() for update in x.updates]
+        expected = add_up(x.total.double(), doubles, x.weights)
+        norms = torch.stack([update.square().sum() for update in doubles])
+
+        on_device = [update.to(device) for update in x.updates]
+        x = SumInputs(x.total.to(device), on_device, x.weights)
+        allowed = 2**-24 * 5 * (clients + 1)  # one rounding for each client, of sums up to 5
+        for name, path in sum_paths(x).items():
+            error = (path().cpu() - expected).abs()
+            accept(f"aggregate of {clients}, {name}", error, allowed)
+
+        _, found, _ = csrc.aggregate(x.total, x.updates, x.weights)
+        accept(f"aggregate of {clients}, norms", (found.cpu() / norms - 1).abs(), 1e-12)
 
 
-def time_aggregate(device, size, clients):
-    paths = aggregate_paths(*aggregate_inputs(size, clients, device))
-    return row("aggregate", f"{size / 1e6:.1f} M, K = {clients}", 4 * size * (clients + 2), paths, device)
+def time_sums(device: torch.device) -> list[dict]:
+    """K + 1 reads and one write of 4 bytes a parameter."""
+    figures = []
+    for size, clients in SUM_SIZES:
+        paths = sum_paths(sum_inputs(size, clients, device))
+        label = f"{size / 1e6:.1f} M, K = {clients}"
+        moved = 4 * size * (clients + 2)
+        figures.append(time_paths("aggregate", label, moved, paths, device))
+    return figures
 
 
-# -------------------------------------------------------------------------------------------- mask_difficulty
+# --------------------------------------------------------------------------------- mask_difficulty
 
 
-def mask_inputs(images, side, dtype, device):
-    masks = torch.rand(images, 1, side, side, generator=torch.Generator().manual_seed(0)) < 0.01
-    return masks.to(device, dtype), torch.ones(images, dtype=torch.bool, device=device)
+def mask_inputs(
+    images: int, side: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Drawn masks, 1 % lesion, and flags that all of them are small."""
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(images, 1, side, side, generator=generator) < 0.01
+    small = torch.ones(images, dtype=torch.bool, device=device)
+    return masks.to(device, dtype), small
 
 
-def mask_paths(masks, small):
+def mask_paths(masks: Tensor, small: Tensor) -> Paths:
+    """All ways of working out areas, difficulties and eta; each returns the three."""
     compiled = torch.compile(fedgs.mask_difficulty, dynamic=False)
-    functions = {"kernel": csrc.mask_difficulty, "eager": fedgs.mask_difficulty, "torch.compile": compiled}
-    return {name: functools.partial(function, masks, small, 100.0) for name, function in functions.items()}
+    return {
+        "kernel": partial(csrc.mask_difficulty, masks, small, 100.0),
+        "eager": partial(fedgs.mask_difficulty, masks, small, 100.0),
+        "torch.compile": partial(compiled, masks, small, 100.0),
+    }
 
 
-def check_masks(device):
+def check_masks(device: torch.device) -> None:
+    """Every path against the formulas in numpy's float64."""
+    side = 181  # no multiple of anything
     for dtype in (torch.uint8, torch.int64):
-        masks, small = mask_inputs(3, 181, dtype, device)
-        areas = masks.cpu().numpy().reshape(3, -1).astype(bool).sum(1)
-        expected = torch.from_numpy(np.tanh(np.log(181**2 / areas) ** 2 / math.log(100) ** 2))
+        masks, small = mask_inputs(3, side, dtype, device)
+        pixels = masks.cpu().numpy().reshape(3, -1)
+        areas = pixels.astype(bool).sum(axis=1)
+        power = np.log(side**2 / areas) / math.log(100)
+        difficulties = torch.from_numpy(np.tanh(power**2))
+        areas = torch.from_numpy(areas)
+
         for name, path in mask_paths(masks, small).items():
-            area, delta, eta = (x.cpu().double() for x in path())
-            accept(f"mask_difficulty, {name}: area", (area - torch.from_numpy(areas)).abs(), 0)
-            accept(f"mask_difficulty, {name}: delta", (delta - expected).abs(), 1e-6)
-            accept(f"mask_difficulty, {name}: eta", (eta - 1 - 2 * expected.mean()).abs(), 1e-6)
+            area, difficulty, eta = (x.cpu().double() for x in path())
+            what = f"mask_difficulty, {name}"
+            accept(f"{what}: area", (area - areas).abs(), 0)
+            accept(f"{what}: difficulty", (difficulty - difficulties).abs(), 1e-6)
+            accept(f"{what}: eta", (eta - 1 - 2 * difficulties.mean()).abs(), 1e-6)
 
 
-def time_masks(device, images, side, dtype):
-    masks, small = mask_inputs(images, side, dtype, device)
-    size = f"{images} x {side}², {str(dtype).removeprefix('torch.')}"
-    return row("mask_difficulty", size, masks.nbytes, mask_paths(masks, small), device)
+def time_masks(device: torch.device) -> list[dict]:
+    """Every pixel is read once."""
+    figures = []
+    for images, side in MASK_SIZES:
+        for dtype in (torch.uint8, torch.int64):
+            masks, small = mask_inputs(images, side, dtype, device)
+            label = f"{images} x {side}², {str(dtype).removeprefix('torch.')}"
+            paths = mask_paths(masks, small)
+            figures.append(time_paths("mask_difficulty", label, masks.nbytes, paths, device))
+    return figures
 
 
-# ------------------------------------------------------------------------------------------------ whole steps
+# ------------------------------------------------------------------- what FedGS adds to whole steps
 
 
-def time_overhead(device, side, kernels, repetitions):
-    """Steps of fedgs.train_client, FedAvg and FedGS in turn, and in them what difficulty and update take."""
-    client = drawn_images(4, side).to(device)
-    configs = {method: fedgs.Config(method=method, local_epochs=4, image_size=side, device=device.type)
-               for method in ("fedavg", "fedgs")}
-    flat = fedgs.FlatNetwork(fedgs.build_network(configs["fedgs"]).to(device))
-    server, steps, update = fedgs.Server(flat), {}, {}
-    for repetition in range(repetitions + 1):
-        for method, config in configs.items():
-            clock, spent = Clock(device), []
-            watched = kernels._replace(mask_difficulty=watch(kernels.mask_difficulty, spent, device),
-                                       adamw_accumulate_=watch(kernels.adamw_accumulate_, spent, device))
-            fedgs.train_client(flat, server, client, config, 1, watched, clock)
-            if repetition:  # the first one warms up
-                steps.setdefault(method, []).extend(clock.seconds())
-                update.setdefault(method, []).extend(np.reshape(spent, (4, -1)).sum(1)[1:])
-    step, plain, scaled = (statistics.median(x) for x in (steps["fedavg"], update["fedavg"], update["fedgs"]))
-    whole = statistics.median(steps["fedgs"]) / step - 1
-    size = f"4 x {side}², {config.precision}"
-    return {"operation": "UTNet step", "kernels": kernels.name, "size": size, "steps": len(steps["fedavg"]),
-            "fedavg_ms": 1e3 * step, "update_fedavg_ms": 1e3 * plain, "update_fedgs_ms": 1e3 * scaled,
-            "overhead": (scaled - plain) / step, "whole_step_difference": whole}
+def configure(
+    device: torch.device, side: int, epochs: int, precision: str, method: str = "fedgs"
+) -> fedgs.Config:
+    """The paper's options but for these."""
+    return fedgs.Config(
+        method=method,
+        local_epochs=epochs,
+        image_size=side,
+        width=WIDTH,
+        device=device.type,
+        precision=precision,
+    )
 
 
-def drawn_images(number, side):
-    """Some of the stand-in's smallest centre. -> data.Images"""
-    return data.stand_in_images(6, side, fedgs.Config.tau).subset(range(number))
+def drawn_images(count: int, side: int) -> data.Images:
+    """Some images as the stand-in for PolypGen has them."""
+    images, masks = standin.polypgen_frames("C6", count, side)
+    areas = masks.reshape(count, -1).sum(axis=1)
+    return data.Images(
+        centre="C6",
+        names=[str(i) for i in range(count)],
+        images=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+        masks=torch.from_numpy(masks).unsqueeze(1).byte(),
+        inverse_area=torch.from_numpy(side**2 / np.maximum(areas, 1)),
+        small=torch.ones(count, dtype=torch.bool),
+    )
 
 
-def watch(function, spent, device):
+def watch(function: Callable, spent: list[float], device: torch.device) -> Callable:
     """The function, with the seconds of each call added to a list."""
 
-    def watched(*given):
-        results = []
-        spent.append(timed(lambda: results.append(function(*given)), device)())
-        return results[0]
+    def watched(*given: object) -> object:
+        clock = new_clock(device)
+        clock.tick()
+        result = function(*given)
+        clock.tick()
+        spent.extend(clock.seconds())
+        return result
 
     return watched
 
 
-# ------------------------------------------------------------------------------------------- paths of training
+def time_overhead(
+    device: torch.device, side: int, kernels: fedgs.Kernels, repetitions: int
+) -> dict[str, object]:
+    """Steps inside fedgs.train_client, and in them what difficulty and update take."""
+    epochs = 4  # of one step each
+    images = drawn_images(4, side).to(device)
+    precision = hardware.choose_precision("auto", device)
+    configs = {
+        method: configure(device, side, epochs, precision, method) for method in ("fedavg", "fedgs")
+    }
+    flat = fedgs.FlatNetwork(fedgs.build_network(configs["fedgs"]).to(device))
+    state = flat.state()
+
+    # The methods take turns, so that a slow moment of the machine meets both.
+    steps = {"fedavg": [], "fedgs": []}
+    updates = {"fedavg": [], "fedgs": []}
+    for repetition in range(repetitions + 1):
+        for method, config in configs.items():
+            clock = new_clock(device)
+            spent = []
+            watched = kernels._replace(
+                mask_difficulty=watch(kernels.mask_difficulty, spent, device),
+                adamw_accumulate_=watch(kernels.adamw_accumulate_, spent, device),
+            )
+            fedgs.train_client(flat, state, images, config, 1, watched, on_step=clock.tick)
+
+            # The first repetition warms up, and a first step has no beginning on the clock.
+            if repetition > 0:
+                by_step = np.reshape(spent, (epochs, -1)).sum(axis=1)
+                updates[method] += by_step.tolist()[1:]
+                steps[method] += clock.seconds()
+
+    # Whole steps vary by more than what FedGS adds: the overhead comes from the parts that differ.
+    step = statistics.median(steps["fedavg"])
+    plain = statistics.median(updates["fedavg"])
+    scaled = statistics.median(updates["fedgs"])
+    return {
+        "operation": "UTNet step",
+        "kernels": kernels.name,
+        "size": f"4 x {side}², {precision}",
+        "steps": len(steps["fedavg"]),
+        "fedavg_ms": 1e3 * step,
+        "update_fedavg_ms": 1e3 * plain,
+        "update_fedgs_ms": 1e3 * scaled,
+        "overhead": (scaled - plain) / step,
+        "whole_step_difference": statistics.median(steps["fedgs"]) / step - 1,
+    }
 
 
-def prepare(path, device, side, epochs):
-    """What a path trains with: its Config, FlatNetwork, Kernels and gradient. For a process of its own.
-
-    plain: float32 with the definitions, batch by batch, in memory as the system gives it; fp32, bf16: as in fedgs.run.
-    """
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
-    precision = "bf16" if path == "bf16" else "fp32"
-    config = fedgs.Config(local_epochs=epochs, image_size=side, device=device.type, precision=precision)
-    flat = fedgs.FlatNetwork(fedgs.build_network(config).to(device))
-    if path == "plain":
-        return config, flat, fedgs.PYTORCH, fedgs.batch_gradient
-    fedgs.reuse_freed_memory()
-    kernels, _ = fedgs.choose_kernels("auto", device)
-    return config, flat, kernels, fedgs.CapturedGradient() if device.type == "cuda" else fedgs.batch_gradient
-
-
-def train_path(path, device, side, epochs):
-    """Epochs of eight steps of fedgs.train_client. -> the path's figures"""
-    config, flat, kernels, gradient = prepare(path, device, side, epochs)
-    server, client, clock = fedgs.Server(flat, kernels), drawn_images(32, side).to(device), Clock(device)
-
-    def train(images, clock=None):
-        return fedgs.train_client(flat, server, images, config, 1, kernels, clock, gradient)
-
-    steps = train(client.subset(range(8))).steps  # warms up
-    train(client, clock)
-    step = statistics.median(clock.seconds())
-    figures = {"ms": 1e3 * step, "steps": len(clock.ends) - 1, "peak_bytes": peak_memory(device)}
-    if device.type == "cuda":
-        busy = gpu_seconds(lambda: train(client.subset(range(8)))) / steps
-        figures |= {"steps_a_second": 1 / step, "gpu_busy": busy / step, "paper_hours": PAPER * step / 3600}
+def time_overheads(device: torch.device) -> list[dict]:
+    """With the kernels and with the definitions."""
+    compiled, _ = fedgs.choose_kernels("auto", device)
+    figures = []
+    for side, repetitions in OVERHEAD_SIDES[device.type].items():
+        figures.append(time_overhead(device, side, compiled, repetitions))
+        figures.append(time_overhead(device, side, fedgs.PYTORCH, repetitions))
     return figures
 
 
-def time_training(device, side, epochs):
+# --------------------------------------------------------------------- whole steps by several paths
+
+
+class Training(NamedTuple):
+    """What a path trains with."""
+
+    config: fedgs.Config
+    flat: fedgs.FlatNetwork
+    kernels: fedgs.Kernels
+    gradient: Callable
+
+
+def prepare(path: str, device: torch.device, side: int, epochs: int) -> Training:
+    """Set up a path of training, in a process of its own.
+
+    plain: float32 with the definitions, batch by batch, in memory as the system gives it; fp32,
+    bf16: as in a run of fedgs.py.
+    """
+    precision = "bf16" if path == "bf16" else "fp32"
+    config = configure(device, side, epochs, precision)
+    if path == "plain":
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = False
+        kernels = fedgs.PYTORCH
+    else:
+        hardware.prepare_torch()
+        kernels, _ = fedgs.choose_kernels("auto", device)
+
+    flat = fedgs.FlatNetwork(fedgs.build_network(config).to(device))
+    gradient = fedgs.batch_gradient
+    if path != "plain" and device.type == "cuda":
+        gradient = hardware.CapturedGradient(fedgs.batch_gradient)
+    return Training(config, flat, kernels, gradient)
+
+
+def train_path(path: str, device: torch.device, side: int, epochs: int) -> dict[str, float]:
+    """Epochs of eight steps of fedgs.train_client. -> the path's figures"""
+    config, flat, kernels, gradient = prepare(path, device, side, epochs)
+    state = flat.state()
+    images = drawn_images(32, side).to(device)
+    few = images.subset(range(8))
+
+    # Two batches of each epoch warm up.
+    warm_up = partial(fedgs.train_client, flat, state, few, config, 1, kernels, gradient)
+    steps = warm_up().log.steps
+
+    clock = new_clock(device)
+    fedgs.train_client(flat, state, images, config, 1, kernels, gradient, clock.tick)
+    seconds = clock.seconds()
+    step = statistics.median(seconds)
+    figures = {"ms": 1e3 * step, "steps": len(seconds), "peak_bytes": peak_memory(device)}
+
+    if device.type == "cuda":
+        busy = gpu_seconds(warm_up) / steps
+        figures["steps_a_second"] = 1 / step
+        figures["gpu_busy"] = busy / step
+        figures["paper_hours"] = PAPER_STEPS * step / 3600
+    return figures
+
+
+def time_training(device: torch.device, side: int, epochs: int) -> dict[str, object]:
     """A step of training by every path that the hardware has."""
     print(f"timing training, 4 x {side}²", file=sys.stderr)
-    paths = ["plain", "fp32"] + ["bf16"] * fedgs.has_bf16(device)
-    return {"operation": "training", "size": f"4 x {side}²",
-            "paths": {path: alone(train_path, path, device, side, epochs) for path in paths}}
+    names = ["plain", "fp32"]
+    if hardware.has_bf16(device):
+        names.append("bf16")
+    paths = {name: alone(partial(train_path, name, device, side, epochs)) for name in names}
+    return {"operation": "training", "size": f"4 x {side}²", "paths": paths}
 
 
-def train_in_parts(path, device, side, steps):
+def time_trainings(device: torch.device) -> list[dict]:
+    sides = TRAINING_SIDES[device.type]
+    return [time_training(device, side, epochs) for side, epochs in sides.items()]
+
+
+# ----------------------------------------------------------------------- where a round's time goes
+
+
+def train_in_parts(path: str, device: torch.device, side: int, epochs: int) -> dict[str, float]:
     """A path's steps part by part, and what comes once a round. -> {part: ms}"""
     config, flat, kernels, _ = prepare(path, device, side, 1)
-    images, server, clock = drawn_images(16, side), fedgs.Server(flat, kernels), Clock(device)
+    state = flat.state()
+    images = drawn_images(16, side)
     client = images.to(device)
-    update = fedgs.train_client(flat, server, client, config, 1, kernels)  # warms up
-    m, v, delta = (torch.zeros_like(flat.parameters) for _ in range(3))
-    order, draws = torch.arange(16, device=device).view(4, 4), torch.rand(steps, 4, data.AUGMENTATION_DRAWS, device=device)
-    clock.update()
-    for step in range(1, steps + 1):
-        chosen = order[step % 4]
-        x, y = data.augment(client.images[chosen].float() / 255, client.masks[chosen], draws[step - 1])
-        x = data.normalise(x)
-        clock.update()
-        loss, _ = fedgs.training_loss(flat.network, x, y, None, config.precision)
-        clock.update()
-        flat.grad.zero_()
-        loss.backward()
-        clock.update()
-        _, _, eta = kernels.mask_difficulty(y, client.small[chosen], config.log_base)
-        clock.update()
-        kernels.adamw_accumulate_(flat.parameters, flat.grad, m, v, step, config.lr, delta, eta)
-        clock.update()
-    parts = dict(zip(PARTS, np.median(np.reshape(clock.seconds(), (steps, 5)), axis=0).tolist()))
-    updates, clock = [replace(update, delta=update.delta.clone()) for _ in range(5)], Clock(device)
-    parts["aggregation of 5 clients"] = seconds(lambda: server.apply(updates, config, 1), device)
+    update = fedgs.train_client(flat, state, client, config, 1, kernels)  # warms up
+
+    clock = new_clock(device)
+    time_parts(flat, client, config, kernels, epochs, clock)
+    by_step = np.reshape(clock.seconds(), (-1, len(PARTS)))
+    medians = np.median(by_step, axis=0).tolist()
+    seconds = dict(zip(PARTS, medians, strict=True))
+
+    # Each client's update is in memory of its own, as it would be.
+    names = ("C1", "C2", "C3", "C4", "C5")
+    updates = [replace(update, client=name, vector=update.vector.clone()) for name in names]
+    server = fedgs.Server(state, dict.fromkeys(names, 1 / 5), config, kernels)
+    apply = partial(server.apply, updates)
+    seconds["aggregation of 5 clients"] = median_seconds(apply, device)
+
+    clock = new_clock(device)
     for _ in range(4):
         fedgs.evaluate(flat.network, images)
-        clock.update()
-    parts["evaluation of an image"] = statistics.median(clock.seconds()) / 16
-    return {part: 1e3 * spent for part, spent in parts.items()}
+        clock.tick()
+    seconds["evaluation of an image"] = statistics.median(clock.seconds()) / len(images)
+    return {part: 1e3 * spent for part, spent in seconds.items()}
 
 
-def time_round(device, side, steps):
-    """Where a round's time goes, plain and as fedgs.run goes about it. A captured step has no parts: it is timed whole."""
+def time_parts(
+    flat: fedgs.FlatNetwork,
+    client: data.Images,
+    config: fedgs.Config,
+    kernels: fedgs.Kernels,
+    epochs: int,
+    clock: Clock,
+) -> None:
+    """The lines of fedgs.train_client, with a tick of the clock after each of PARTS."""
+    theta, grad = flat.parameters, flat.grad
+    m = torch.zeros_like(theta)
+    v = torch.zeros_like(theta)
+    update = torch.zeros_like(theta)
+    step = 0
+    generator = torch.Generator().manual_seed(0)
+    flat.network.train()
+
+    clock.tick()
+    for _ in range(epochs):
+        for batch in fedgs.epoch_batches(client, config, generator):
+            images, masks = data.augment(batch.images, batch.masks, batch.draws)
+            images = data.normalise(images)
+            clock.tick()
+
+            loss, _ = fedgs.training_loss(
+                flat.network, images, masks, batch.noise, config.precision
+            )
+            clock.tick()
+
+            grad.zero_()
+            loss.backward()
+            clock.tick()
+
+            _, _, eta = kernels.mask_difficulty(masks, batch.small, config.log_base)
+            clock.tick()
+
+            step += 1
+            kernels.adamw_accumulate_(theta, grad, m, v, step, config.lr, update, eta)
+            clock.tick()
+
+
+def time_round(device: torch.device, side: int, epochs: int) -> dict[str, object]:
+    """Where a round's time goes, plain and as in a run of fedgs.py."""
     print(f"timing a round, 4 x {side}²", file=sys.stderr)
-    parts = {path: alone(train_in_parts, path, device, side, steps) for path in ("plain", "fp32")}
+    parts = {}
+    for path in ("plain", "fp32"):
+        parts[path] = alone(partial(train_in_parts, path, device, side, epochs))
+
+    # A captured step is one launch and has no parts: it is timed whole.
     if device.type == "cuda":
-        parts["fp32"]["the step, captured"] = alone(train_path, "fp32", device, side, 2)["ms"]
+        captured = alone(partial(train_path, "fp32", device, side, 2))
+        parts["fp32"]["the step, captured"] = captured["ms"]
     return {"operation": "round", "size": f"4 x {side}²", "parts_ms": parts}
 
 
-# ---------------------------------------------------------------------------------------------------- results
+def time_rounds(device: torch.device) -> list[dict]:
+    sides = ROUND_SIDES[device.type]
+    return [time_round(device, side, epochs) for side, epochs in sides.items()]
 
 
-def accept(what, error, allowed):
-    """Stop if a result is further from the float64 reference than rounding explains."""
-    worst = error.max().item()
-    if not worst <= allowed:
-        sys.exit(f"benchmark.py: {what} is off by {worst:.1e}, more than {allowed:.0e}; nothing was timed")
+# ------------------------------------------------------------------------------------------ tables
 
 
-def row(operation, size, moved, paths, device):
-    """Time all paths of an operation that has to move so many bytes."""
-    print(f"timing {operation}, {size}", file=sys.stderr)
-    times = {name: seconds(path, device) for name, path in paths.items()}
-    torch.compiler.reset()
-    others = {name: t for name, t in times.items() if name != "kernel"}
-    best = min(others, key=others.get)
-    return {"operation": operation, "size": size, "bytes": moved, "ms": {name: 1e3 * t for name, t in times.items()},
-            "bandwidth": moved / times["kernel"], "best": best, "ratio": others[best] / times["kernel"]}
-
-
-def machine(device, copy):
+def machine(device: torch.device, copy: float) -> dict[str, object]:
     """What the figures were measured on."""
     if device.type == "cuda":
         where = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     else:
-        info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        model = next((line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")), platform.processor())
-        where = f"{model}, {torch.get_num_threads()} threads"
-    return {"device": where, "copy_bandwidth": copy, "torch": torch.__version__, "python": platform.python_version(),
-            "numpy": np.__version__, "system": f"{platform.system()} {platform.machine()}"}
+        where = f"{processor()}, {torch.get_num_threads()} threads"
+    return {
+        "device": where,
+        "copy_bandwidth": copy,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
 
 
-def markdown(machine, rows):
-    """The figures as tables."""
-    lines = [f"{machine['device']}; copy {machine['copy_bandwidth'] / 1e9:.1f} GB/s; torch {machine['torch']}, Python "
-             f"{machine['python']}, {machine['system']}", ""]
-    if kernels := [r for r in rows if "ratio" in r]:
-        lines += ["| operation | size | kernel | GB/s | of copy | best PyTorch path | ratio | the others |", "|" + "---|" * 8]
-    for r in kernels:
-        others = ", ".join(f"{name} {ms:.3g}" for name, ms in r["ms"].items() if name not in ("kernel", r["best"]))
-        lines.append(f"| {r['operation']} | {r['size']} | {r['ms']['kernel']:.3g} ms | {r['bandwidth'] / 1e9:.1f} | "
-                     f"{r['bandwidth'] / machine['copy_bandwidth']:.0%} | {r['best']}, {r['ms'][r['best']]:.3g} ms | "
-                     f"**{r['ratio']:.1f}×** | {others} |")
-    if steps := [r for r in rows if "overhead" in r]:
-        lines += ["", "| UTNet step, width 32 | kernels | FedAvg's step | its update | FedGS's difficulty and update | overhead | "
-                  "whole steps compared |", "|" + "---|" * 7]
-    for r in steps:
-        lines.append(f"| {r['size']} | {r['kernels']} | {r['fedavg_ms']:.0f} ms | {r['update_fedavg_ms']:.2f} ms | "
-                     f"{r['update_fedgs_ms']:.2f} ms | **{r['overhead']:.2%}** | {r['whole_step_difference']:+.1%} (median of {r['steps']}) |")
-    if training := [r for r in rows if r["operation"] == "training"]:
-        lines += ["", *training_table(training)]
-    for r in rows:
-        if r["operation"] == "round":
-            lines += ["", *round_table(r)]
-    return "\n".join(lines)
+def processor() -> str:
+    """The CPU's name. Linux knows it, Python only its architecture."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        name = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE)
+        if name is not None:
+            return name[1]
+    return platform.processor()
 
 
-def training_table(rows):
-    """Lines of markdown: a step by each path, beside the plain one."""
-    columns = ["UTNet, width 32", "path", "a step (median of)", "ratio to plain", "peak memory"]
-    if "gpu_busy" in rows[0]["paths"]["plain"]:
-        columns += ["steps a second", "GPU busy", f"{PAPER:,} steps, as the paper's PolypGen experiment has"]
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    for r in rows:
-        for path, f in r["paths"].items():
-            cells = [r["size"], path, f"{f['ms']:.4g} ms ({f['steps']})", f"**{r['paths']['plain']['ms'] / f['ms']:.2f}×**",
-                     f"{f['peak_bytes'] / 2**30:.2f} GiB"]
-            if "gpu_busy" in f:
-                cells += [f"{f['steps_a_second']:.1f}", f"{f['gpu_busy']:.0%}", f"{f['paper_hours']:.1f} h"]
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines if "bf16" in rows[0]["paths"] else lines + ["", "bf16 is left out: this hardware does not compute in it."]
+def markdown(machine: dict, figures: list[dict]) -> str:
+    """The figures as tables, one for each kind that is there."""
+    sections = [
+        f"{machine['device']}; copy {machine['copy_bandwidth'] / 1e9:.1f} GB/s; "
+        f"torch {machine['torch']}, Python {machine['python']}, {machine['system']}"
+    ]
+
+    kernels = [row for row in figures if "ratio" in row]
+    if kernels:
+        bandwidth = machine["copy_bandwidth"]
+        sections.append(table([kernel_cells(row, bandwidth) for row in kernels]))
+
+    overheads = [row for row in figures if "overhead" in row]
+    if overheads:
+        sections.append(table([overhead_cells(row) for row in overheads]))
+
+    trainings = [row for row in figures if "paths" in row]
+    if trainings:
+        sections.append(training_table(trainings))
+
+    rounds = [row for row in figures if "parts_ms" in row]
+    sections += [round_table(row) for row in rounds]
+    return "\n\n".join(sections)
 
 
-def round_table(row):
-    """Lines of markdown: the parts of a step with their shares of it, then the rest of a round."""
-    parts = row["parts_ms"]
-    whole = {path: sum(ms[part] for part in PARTS) for path, ms in parts.items()}
-    lines = [f"| a step, {row['size']} | plain | share | fp32 | share |", "|" + "---|" * 5]
+def table(rows: list[dict[str, str]]) -> str:
+    """Rows of {heading: cell}."""
+    header = list(rows[0])
+    return tables.markdown([header, *[list(row.values()) for row in rows]])
+
+
+def kernel_cells(row: dict, copy_bandwidth: float) -> dict[str, str]:
+    """An operation's kernel beside the best of the PyTorch paths."""
+    ms = row["ms"]
+    best = row["best"]
+    others = [f"{name} {ms[name]:.3g}" for name in ms if name not in ("kernel", best)]
+    return {
+        "operation": row["operation"],
+        "size": row["size"],
+        "kernel": f"{ms['kernel']:.3g} ms",
+        "GB/s": f"{row['bandwidth'] / 1e9:.1f}",
+        "of copy": f"{row['bandwidth'] / copy_bandwidth:.0%}",
+        "best PyTorch path": f"{best}, {ms[best]:.3g} ms",
+        "ratio": f"**{row['ratio']:.1f}×**",
+        "the others": ", ".join(others),
+    }
+
+
+def overhead_cells(row: dict) -> dict[str, str]:
+    """What FedGS adds to a step of FedAvg."""
+    whole = f"{row['whole_step_difference']:+.1%} (median of {row['steps']})"
+    return {
+        "UTNet step, width 32": row["size"],
+        "kernels": row["kernels"],
+        "FedAvg's step": f"{row['fedavg_ms']:.0f} ms",
+        "its update": f"{row['update_fedavg_ms']:.2f} ms",
+        "FedGS's difficulty and update": f"{row['update_fedgs_ms']:.2f} ms",
+        "overhead": f"**{row['overhead']:.2%}**",
+        "whole steps compared": whole,
+    }
+
+
+def training_table(figures: list[dict]) -> str:
+    """A step by each path, beside the plain one."""
+    rows = []
+    for row in figures:
+        plain = row["paths"]["plain"]
+        for name, path in row["paths"].items():
+            rows.append(training_cells(row["size"], name, path, plain))
+
+    text = table(rows)
+    if "bf16" not in figures[0]["paths"]:
+        text += "\n\nbf16 is left out: this hardware does not compute in it."
+    return text
+
+
+def training_cells(size: str, name: str, path: dict, plain: dict) -> dict[str, str]:
+    """One path of training; on a GPU with more columns."""
+    cells = {
+        "UTNet, width 32": size,
+        "path": name,
+        "a step (median of)": f"{path['ms']:.4g} ms ({path['steps']})",
+        "ratio to plain": f"**{plain['ms'] / path['ms']:.2f}×**",
+        "peak memory": f"{path['peak_bytes'] / 2**30:.2f} GiB",
+    }
+    if "gpu_busy" in path:
+        paper = f"{PAPER_STEPS:,} steps, as the paper's PolypGen experiment has"
+        cells["steps a second"] = f"{path['steps_a_second']:.1f}"
+        cells["GPU busy"] = f"{path['gpu_busy']:.0%}"
+        cells[paper] = f"{path['paper_hours']:.1f} h"
+    return cells
+
+
+def round_table(row: dict) -> str:
+    """The parts of a step with their shares of it, then the rest of a round."""
+    plain = row["parts_ms"]["plain"]
+    fp32 = row["parts_ms"]["fp32"]
+    plain_step = sum(plain[part] for part in PARTS)
+    fp32_step = sum(fp32[part] for part in PARTS)
+
+    lines = [[f"a step, {row['size']}", "plain", "share", "fp32", "share"]]
     for part in PARTS:
-        cells = [f"{ms[part]:.4g} ms | {ms[part] / whole[path]:.2%}" for path, ms in parts.items()]
-        lines.append(f"| {part} | {' | '.join(cells)} |")
-    lines.append(f"| **all of these** | {whole['plain']:.4g} ms | | {whole['fp32']:.4g} ms | |")
-    for part in list(parts["fp32"])[len(PARTS):]:
-        cells = [f"{ms[part]:.4g} ms" if part in ms else "" for ms in parts.values()]
-        lines.append(f"| {part} | {cells[0]} | | {cells[1]} | |")
-    return lines
+        before, after = plain[part], fp32[part]
+        shares = f"{before / plain_step:.2%}", f"{after / fp32_step:.2%}"
+        lines.append([part, milliseconds(before), shares[0], milliseconds(after), shares[1]])
+    lines.append(["**all of these**", milliseconds(plain_step), "", milliseconds(fp32_step), ""])
+
+    for part in fp32:
+        if part not in PARTS:
+            before = milliseconds(plain[part]) if part in plain else ""
+            lines.append([part, before, "", milliseconds(fp32[part]), ""])
+    return tables.markdown(lines)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="what to time")
+def milliseconds(ms: float) -> str:
+    return f"{ms:.4g} ms"
+
+
+# ------------------------------------------------------------------------------------ command line
+
+BENCHMARKS = {  # what --only chooses from, in the order of the tables
+    "adamw": time_steps,
+    "aggregate": time_sums,
+    "masks": time_masks,
+    "steps": time_overheads,
+    "training": time_trainings,
+    "round": time_rounds,
+}
+
+
+def main() -> None:
+    """Check every path, then time what was asked for, and print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    names = tuple(BENCHMARKS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="what to time")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
+
     device = torch.device(options.device)
-    if problem := csrc.problem(device):
+    problem = csrc.problem(device)
+    if problem:
         sys.exit(f"benchmark.py: {problem}")
+
+    # A fast path that computes something else is no path.
     torch.manual_seed(0)
-    for check in (check_step, check_aggregate, check_masks):
-        check(device)
-    bandwidth, steps = copy_bandwidth(device), []
-    if "adamw" in options.only:
-        steps += [functools.partial(time_step, device, size) for size in (UTNET, SD_UTNET, 100_000_000)]
-    if "aggregate" in options.only:
-        sizes = ((UTNET, 5), (UTNET, 32), (SD_UTNET, 5), (100_000_000, 5))
-        steps += [functools.partial(time_aggregate, device, *size) for size in sizes]
-    if "masks" in options.only:
-        sizes = [(4, 128), (4, 512), (16, 1024)]
-        steps += [functools.partial(time_masks, device, *size, dtype) for size in sizes for dtype in (torch.uint8, torch.int64)]
-    if "steps" in options.only:
-        sides = {"cpu": ((128, 5), (256, 2)), "cuda": ((128, 10), (256, 10), (512, 10))}[device.type]
-        compiled, _ = fedgs.choose_kernels("auto", device)
-        steps += [functools.partial(time_overhead, device, side, kernels, repetitions)
-                  for side, repetitions in sides for kernels in (compiled, fedgs.PYTORCH)]
-    if "training" in options.only:
-        sizes = {"cpu": ((128, 3), (256, 2)), "cuda": ((256, 10), (512, 10))}[device.type]
-        steps += [functools.partial(time_training, device, *size) for size in sizes]
-    if "round" in options.only:
-        steps.append(functools.partial(time_round, device, *{"cpu": (256, 12), "cuda": (512, 50)}[device.type]))
-    rows = [step() for step in steps]
-    header = machine(device, bandwidth)
-    print(markdown(header, rows))
+    check_step(device)
+    check_sum(device)
+    check_masks(device)
+
+    about = machine(device, copy_bandwidth(device))
+    figures = []
+    for name, benchmark in BENCHMARKS.items():
+        if name in options.only:
+            figures += benchmark(device)
+
+    print(markdown(about, figures))
     if options.json:
-        options.json.write_text(json.dumps({"machine": header, "figures": rows}, indent=2) + "\n")
+        content = {"machine": about, "figures": figures}
+        options.json.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

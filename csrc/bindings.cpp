@@ -1,4 +1,4 @@
-// The kernels as a Python module. Tensors arrive as addresses: `csrc/__init__.py` has checked them.
+// The kernels as a Python module. Tensors arrive as addresses: csrc/__init__.py has checked them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,75 +9,116 @@ using namespace fedgs;
 
 namespace {
 
+using Address = uintptr_t;  // 0: no tensor
+
 template <class T>
-T* at(uintptr_t address) {
+T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-using Betas = std::pair<double, double>;
-using Addresses = std::vector<uintptr_t>;
+std::pair<int64_t, int64_t> begin_and_end(int64_t index, int64_t size, int64_t n) {
+    const Range range = piece(index, size, n);
+    return {range.begin, range.end};
+}
 
-const float* const* tensors(const Addresses& addresses) { return reinterpret_cast<const float* const*>(addresses.data()); }
+Masks make_masks(Address masks, Pixel pixel, Address small, int64_t images, int64_t pixels,
+                 double log_base, Address area, Address difficulty, Address eta) {
+    Masks batch;
+    batch.masks = at<void>(masks);
+    batch.pixel = pixel;
+    batch.small = at<bool>(small);
+    batch.images = images;
+    batch.pixels = pixels;
+    batch.log_base = log_base;
+    batch.area = at<int64_t>(area);
+    batch.difficulty = at<float>(difficulty);
+    batch.eta = at<float>(eta);
+    return batch;
+}
+
+Step make_step(Address theta, Address grad, Address m, Address v, Address update, Address eta,
+               int64_t n) {
+    Step step;
+    step.theta = at<float>(theta);
+    step.grad = at<float>(grad);
+    step.m = at<float>(m);
+    step.v = at<float>(v);
+    step.update = at<float>(update);
+    step.eta = at<float>(eta);
+    step.n = n;
+    return step;
+}
+
+Sum make_sum(Address total, const std::vector<Address>& updates, std::vector<float> weights,
+             int64_t n, Address out, Address norms) {
+    Sum sum;
+    sum.total = at<float>(total);
+    for (const Address update : updates) sum.updates.push_back(at<float>(update));
+    sum.weights = std::move(weights);
+    sum.n = n;
+    sum.out = at<float>(out);
+    sum.norms = at<double>(norms);
+    return sum;
+}
+
+#ifdef FEDGS_CUDA
+
+void mask_difficulty_cuda(const Masks& batch, Address partial, Address ticket, int device,
+                          Address stream) {
+    cuda::mask_difficulty(batch, at<int>(partial), at<unsigned>(ticket),
+                          {device, at<void>(stream)});
+}
+
+void adamw_accumulate_cuda(const Step& step, const AdamW& adam, int device, Address stream) {
+    cuda::adamw_accumulate(step, adam, {device, at<void>(stream)});
+}
+
+void aggregate_cuda(const Sum& sum, Address partial, int device, Address stream) {
+    cuda::aggregate(sum, at<double>(partial), {device, at<void>(stream)});
+}
+
+#endif
 
 }  // namespace
 
 PYBIND11_MODULE(_kernels, module) {
-    const auto no_gil = py::call_guard<py::gil_scoped_release>();
-
     py::enum_<Pixel>(module, "Pixel")
         .value("byte", Pixel::byte)
         .value("float32", Pixel::float32)
         .value("int64", Pixel::int64);
 
-    module.def("piece", [](int64_t index, int64_t size, int64_t n) {
-        const Range range = piece(index, size, n);
-        return std::make_pair(range.begin, range.end);
-    });
+    // Python names every argument of these, so that no address can take another's place.
+    py::class_<Masks>(module, "Masks")
+        .def(py::init(&make_masks), py::kw_only(), py::arg("masks"), py::arg("pixel"),
+             py::arg("small"), py::arg("images"), py::arg("pixels"), py::arg("log_base"),
+             py::arg("area"), py::arg("difficulty"), py::arg("eta"));
 
-    module.def("mask_difficulty_cpu", [](uintptr_t masks, Pixel pixel, uintptr_t small, int64_t images, int64_t pixels,
-                                         double log_base, uintptr_t area, uintptr_t delta, uintptr_t eta, int threads) {
-        mask_difficulty_cpu(at<void>(masks), pixel, at<bool>(small), images, pixels, log_base, at<int64_t>(area),
-                            at<float>(delta), at<float>(eta), threads);
-    }, no_gil);
+    py::class_<Step>(module, "Step")
+        .def(py::init(&make_step), py::kw_only(), py::arg("theta"), py::arg("grad"), py::arg("m"),
+             py::arg("v"), py::arg("update"), py::arg("eta"), py::arg("n"));
 
-    module.def("adamw_accumulate_cpu", [](uintptr_t theta, uintptr_t grad, uintptr_t m, uintptr_t v, uintptr_t delta,
-                                          uintptr_t eta, int64_t n, int64_t step, double lr, Betas betas, double eps,
-                                          double weight_decay, int threads) {
-        adamw_accumulate_cpu(at<float>(theta), at<float>(grad), at<float>(m), at<float>(v), at<float>(delta),
-                             at<float>(eta), n, AdamW(step, lr, betas.first, betas.second, eps, weight_decay), threads);
-    }, no_gil);
+    py::class_<AdamW>(module, "AdamW")
+        .def(py::init<int64_t, double, double, double, double, double>(), py::kw_only(),
+             py::arg("step"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+             py::arg("weight_decay"));
 
-    module.def("aggregate_cpu", [](uintptr_t theta, const Addresses& updates, const std::vector<float>& weights, int64_t n,
-                                   uintptr_t out, uintptr_t norms, int threads) {
-        aggregate_cpu(at<float>(theta), tensors(updates), weights.data(), int(updates.size()), n, at<float>(out),
-                      at<double>(norms), threads);
-    }, no_gil);
+    py::class_<Sum>(module, "Sum")
+        .def(py::init(&make_sum), py::kw_only(), py::arg("total"), py::arg("updates"),
+             py::arg("weights"), py::arg("n"), py::arg("out"), py::arg("norms"));
+
+    // Other threads of Python may run while a kernel does.
+    const auto no_gil = py::call_guard<py::gil_scoped_release>();
+    module.def("piece", &begin_and_end);
+    module.def("mask_difficulty_cpu", &mask_difficulty_cpu, no_gil);
+    module.def("adamw_accumulate_cpu", &adamw_accumulate_cpu, no_gil);
+    module.def("aggregate_cpu", &aggregate_cpu, no_gil);
 
 #ifdef FEDGS_CUDA
     module.attr("AGGREGATE_BLOCKS") = cuda::AGGREGATE_BLOCKS;
     module.def("cuda_problem", &cuda::problem);
     module.def("mask_partials", &cuda::mask_partials);
-
-    module.def("mask_difficulty_cuda", [](uintptr_t masks, Pixel pixel, uintptr_t small, int64_t images, int64_t pixels,
-                                          double log_base, uintptr_t area, uintptr_t delta, uintptr_t eta,
-                                          uintptr_t partial, uintptr_t ticket, int device, uintptr_t stream) {
-        cuda::mask_difficulty(at<void>(masks), pixel, at<bool>(small), images, pixels, log_base, at<int64_t>(area),
-                              at<float>(delta), at<float>(eta), at<int>(partial), at<unsigned>(ticket), device,
-                              at<void>(stream));
-    }, no_gil);
-
-    module.def("adamw_accumulate_cuda", [](uintptr_t theta, uintptr_t grad, uintptr_t m, uintptr_t v, uintptr_t delta,
-                                           uintptr_t eta, int64_t n, int64_t step, double lr, Betas betas, double eps,
-                                           double weight_decay, int device, uintptr_t stream) {
-        cuda::adamw_accumulate(at<float>(theta), at<float>(grad), at<float>(m), at<float>(v), at<float>(delta),
-                               at<float>(eta), n, AdamW(step, lr, betas.first, betas.second, eps, weight_decay), device,
-                               at<void>(stream));
-    }, no_gil);
-
-    module.def("aggregate_cuda", [](uintptr_t theta, const Addresses& updates, const std::vector<float>& weights, int64_t n,
-                                    uintptr_t out, uintptr_t norms, uintptr_t partial, int device, uintptr_t stream) {
-        cuda::aggregate(at<float>(theta), tensors(updates), weights.data(), int(updates.size()), n, at<float>(out),
-                        at<double>(norms), at<double>(partial), device, at<void>(stream));
-    }, no_gil);
+    module.def("mask_difficulty_cuda", &mask_difficulty_cuda, no_gil);
+    module.def("adamw_accumulate_cuda", &adamw_accumulate_cuda, no_gil);
+    module.def("aggregate_cuda", &aggregate_cuda, no_gil);
 #endif
 }

@@ -1,7 +1,9 @@
-// The kernels' prototypes: raw pointers, 64-bit sizes, and for CUDA a device and its stream. No header of torch.
+// What the kernels take: raw pointers, 64-bit sizes, and for CUDA a device and its stream. No
+// header of torch, so that compiling takes seconds and a build fits every version of torch.
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "fedgs_math.h"
 
@@ -9,36 +11,74 @@ namespace fedgs {
 
 enum class Pixel { byte, float32, int64 };  // torch's bool is a byte of 0 or 1
 
-// area, delta (images), eta (1) from masks (images, pixels) and small (images).
-void mask_difficulty_cpu(const void* masks, Pixel pixel, const bool* small, int64_t images, int64_t pixels, double log_base,
-                         int64_t* area, float* delta, float* eta, int threads);
+// A batch of masks, and where its areas, difficulties and step scale go.
+struct Masks {
+    const void* masks;  // (images, pixels); not 0 = lesion
+    Pixel pixel;
+    const bool* small;  // (images)
+    int64_t images;
+    int64_t pixels;     // of one image
+    double log_base;
 
-// A step on vectors of n, and delta += eta s unless delta is null.
-void adamw_accumulate_cpu(float* theta, const float* grad, float* m, float* v, float* delta, const float* eta, int64_t n,
-                          const AdamW& adam, int threads);
+    int64_t* area;      // (images)
+    float* difficulty;  // (images)
+    float* eta;         // one number
+};
 
-// out = theta - sum_k weights[k] updates[k], all of n; norms[k] = |updates[k]|^2, which is finite where updates[k] is.
-void aggregate_cpu(const float* theta, const float* const* updates, const float* weights, int clients, int64_t n,
-                   float* out, double* norms, int threads);
+// What a step reads and writes: vectors of n elements.
+struct Step {
+    float* theta;
+    const float* grad;
+    float* m;
+    float* v;
+    float* update;     // null: nothing is accumulated
+    const float* eta;  // one number; null without update
+    int64_t n;
+};
 
-// On a GPU the same, in order on the given stream, without allocation or synchronisation: each can be captured in a graph.
-// They throw std::runtime_error with CUDA's message if a launch fails.
+// A weighted sum of updates, each a vector of n elements. out may be total.
+struct Sum {
+    const float* total;
+    std::vector<const float*> updates;
+    std::vector<float> weights;  // one an update
+    int64_t n;
+
+    float* out;
+    double* norms;  // one an update
+};
+
+// Lesion areas, difficulties and the step scale of a batch.
+void mask_difficulty_cpu(const Masks& batch, int threads);
+
+// A step of AdamW, and update += eta s.
+void adamw_accumulate_cpu(const Step& step, const AdamW& adam, int threads);
+
+// out = total + sum_k weights[k] updates[k], in this order. norms[k] = |updates[k]|^2, which is
+// finite exactly where updates[k] is.
+void aggregate_cpu(const Sum& sum, int threads);
+
+// On a GPU the same, in order on the given stream, without allocation or synchronisation: each can
+// be captured in a graph. They throw std::runtime_error with CUDA's message if a launch fails.
 namespace cuda {
+
+// Where a kernel runs.
+struct Place {
+    int device;
+    void* stream;
+};
 
 std::string problem(int device);  // why kernels cannot run on this device; empty where they can
 
-// partial: mask_partials(...) ints; ticket: one unsigned, 0 before the first call on a stream, and 0 again after each.
+// partial: mask_partials(...) ints. ticket: one unsigned, which is 0 before the first call on a
+// stream, and 0 again after each.
 int64_t mask_partials(Pixel pixel, int64_t images, int64_t pixels);
-void mask_difficulty(const void* masks, Pixel pixel, const bool* small, int64_t images, int64_t pixels, double log_base,
-                     int64_t* area, float* delta, float* eta, int* partial, unsigned* ticket, int device, void* stream);
+void mask_difficulty(const Masks& batch, int* partial, unsigned* ticket, Place place);
 
-void adamw_accumulate(float* theta, const float* grad, float* m, float* v, float* delta, const float* eta, int64_t n,
-                      const AdamW& adam, int device, void* stream);
+void adamw_accumulate(const Step& step, const AdamW& adam, Place place);
 
-// partial: clients * AGGREGATE_BLOCKS doubles.
+// partial: AGGREGATE_BLOCKS doubles for each update.
 constexpr int AGGREGATE_BLOCKS = 1056;  // 8 for each of an H200's 132 multiprocessors
-void aggregate(const float* theta, const float* const* updates, const float* weights, int clients, int64_t n, float* out,
-               double* norms, double* partial, int device, void* stream);
+void aggregate(const Sum& sum, double* partial, Place place);
 
 }  // namespace cuda
 }  // namespace fedgs

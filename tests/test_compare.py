@@ -1,325 +1,581 @@
-"""Comparing runs: `python metrics.py RUN…` on score files whose truth is known."""
+"""Comparing runs: `python -m tools.compare RUN…` on score files whose truth is known."""
 
-import csv
-import io
 import json
 import math
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pytest
+from conftest import exit_code
 from PIL import Image
 from scipy import stats
 
 import metrics
-import plots
+from support.files import to_csv
+from tools import compare
 
-CONFIG = {"dataset": "polypgen", "method": "fedgs", "model": "utnet", "fold": 1, "seed": 0, "tau": 150.0, "image_size": 64,
-          "rounds": 2, "server_lr": 1.0, "nsd_tolerance": 0.0, "device": "cpu", "out": "", "data_root": ""}
+CONFIG = {
+    "dataset": "polypgen",
+    "method": "fedgs",
+    "model": "utnet",
+    "fold": 1,
+    "seed": 0,
+    "tau": 150.0,
+    "image_size": 64,
+    "rounds": 2,
+    "server_lr": 1.0,
+    "device": "cpu",
+    "workers": "auto",
+    "out": "",
+    "data_root": "",
+}
 
 
+@dataclass
 class Case:
     """One test image of a made-up run."""
 
-    def __init__(self, name, dice, inverse_area=20.0, small=False, split="in_test", centre=1):
-        self.name, self.dice, self.inverse_area, self.small, self.split, self.centre = name, dice, inverse_area, small, split, centre
-
-
-def make_run(folder, cases, data="PolypGen", **config):
-    """Write the files of a finished run with these Cases as its test images, all missed by best_small. -> folder as text"""
-    folder.mkdir()
-    checkpoints, rows = {}, []
-    for checkpoint, factor in (("best", 1), ("best_small", 0)):
-        rows += [{"checkpoint": checkpoint, "split": c.split, "centre": c.centre, "name": c.name, "inverse_area": c.inverse_area,
-                  "small": int(c.small), "dice": c.dice * factor, "lesion_dice": c.dice * factor / 2, "data": data} for c in cases]
-        checkpoints[checkpoint] = {split: {} for split in metrics.SPLITS}
-        for split, means in checkpoints[checkpoint].items():
-            scores = [metrics.Score(c.inverse_area, c.small, c.dice * factor, c.dice * factor / 2) for c in cases if c.split == split]
-            for measure in metrics.MEASURES:
-                values = [x for x in (s.of(measure) for s in scores) if x is not None] if measure in metrics.PAIRED else []
-                means[measure] = {"mean": float(np.mean(values)) if values else None, "n": len(values)}
-            means["recall_0_50"] = {"mean": 0.5, "n": 2} if split == "in_test" else {"mean": 0.9, "n": 6}
-    results = {"data": data, "config": {**CONFIG, **config}, "checkpoints": checkpoints}
-    (folder / "results.json").write_text(json.dumps(results))
-    with (folder / "scores.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return str(folder)
+    name: str
+    dice: float
+    inverse_area: float = 20.0
+    small: bool = False
+    split: str = "in_test"
+    centre: str = "C1"
 
 
 def cases(*dice):
-    """Four test images: a small and a larger lesion, an empty image, and one of the held-out centre."""
+    """Four test images: a small lesion, a larger one, an empty image, and one held out."""
     a, b, c, d = dice
-    return [Case("a", a, 200.0, True), Case("b", b), Case("c", c, math.inf), Case("d", d, split="out_test", centre=6)]
+    return [
+        Case("a", a, 200.0, True),
+        Case("b", b),
+        Case("c", c, math.inf),
+        Case("d", d, split="out_test", centre="C6"),
+    ]
+
+
+def make_run(folder, cases, data="PolypGen", **config):
+    """Write the files of a finished run with these test images; best_small missed all of them."""
+    folder.mkdir()
+    rows = []
+    checkpoints = {}
+    for checkpoint, factor in (("best", 1), ("best_small", 0)):
+        for case in cases:
+            row = {"checkpoint": checkpoint, **asdict(case), "data": data}
+            row["small"] = int(case.small)
+            row["dice"] = case.dice * factor
+            row["lesion_dice"] = case.dice * factor / 2
+            rows.append(row)
+        checkpoints[checkpoint] = {
+            "round": 2,
+            "in_test": means_of(cases, "in_test", factor),
+            "out_test": means_of(cases, "out_test", factor),
+        }
+    results = {"data": data, "config": {**CONFIG, **config}, "checkpoints": checkpoints}
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "scores.csv").write_text(to_csv(rows))
+    return str(folder)
+
+
+def means_of(cases, split, factor):
+    """The means of a split, by the definitions of the measures."""
+    cases = [case for case in cases if case.split == split]
+    lesion = [case for case in cases if math.isfinite(case.inverse_area)]
+    kinds = {
+        "dice_s": [case.dice for case in lesion if case.small],
+        "dice_l": [case.dice for case in lesion if not case.small],
+        "dice_n": [case.dice for case in lesion],
+        "dice": [case.dice for case in cases],
+        "lesion_dice": [case.dice / 2 for case in cases],
+    }
+    found = {measure: {"mean": None, "n": 0} for measure in metrics.MEASURES}
+    for measure, values in kinds.items():
+        if values:
+            found[measure] = {"mean": float(np.mean(values)) * factor, "n": len(values)}
+    if split == "in_test":
+        found["recall_0_50"] = {"mean": 0.5, "n": 2}
+    else:
+        found["recall_0_50"] = {"mean": 0.9, "n": 6}
+    return found
 
 
 @pytest.fixture
-def pair_of_methods(tmp_path):
+def two_methods(tmp_path):
     """Two runs each of FedAvg and FedGS."""
-    return [make_run(tmp_path / "a0", cases(0.1, 0.5, 1.0, 0.6), method="fedavg"),
-            make_run(tmp_path / "a1", cases(0.3, 0.7, 0.0, 0.6), method="fedavg", seed=1),
-            make_run(tmp_path / "g0", cases(0.2, 0.6, 1.0, 0.5)),
-            make_run(tmp_path / "g1", cases(0.5, 0.6, 1.0, 0.5), seed=1)]
+    return [
+        make_run(tmp_path / "a0", cases(0.1, 0.5, 1.0, 0.6), method="fedavg"),
+        make_run(tmp_path / "a1", cases(0.3, 0.7, 0.0, 0.6), method="fedavg", seed=1),
+        make_run(tmp_path / "g0", cases(0.2, 0.6, 1.0, 0.5)),
+        make_run(tmp_path / "g1", cases(0.5, 0.6, 1.0, 0.5), seed=1),
+    ]
 
 
-# ------------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------- comparison
 
 
-def test_means_over_runs(pair_of_methods):
-    [section] = metrics.compare(pair_of_methods)
-    assert {label: len(group) for label, group in section.groups.items()} == {"fedavg": 2, "fedgs": 2}
-    score = section.summary["in_test", "dice_n", "fedavg"]  # means 0.3 and 0.5 of two images with a lesion
-    assert score == {"runs": 2, "mean": pytest.approx(0.4), "std": pytest.approx(math.sqrt(2 * 0.1**2)), "n": (2, 2)}
-    score = section.summary["in_test", "dice", "fedgs"]  # means 1.8 / 3 and 2.1 / 3
-    assert (score["mean"], score["n"]) == (pytest.approx(0.65), (3, 3))
-    assert section.summary["out_test", "dice_s", "fedgs"]["runs"] == 0  # nothing there is small
-    assert math.isnan(section.summary["out_test", "dice_s", "fedgs"]["mean"])
-    [section] = metrics.compare(pair_of_methods, "best_small")
-    assert section.summary["in_test", "dice", "fedgs"]["mean"] == 0 and "best_small" in section.title
+def test_means_over_runs(two_methods):
+    (section,) = compare.compare(two_methods)
+    sizes = {label: len(group) for label, group in section.groups.items()}
+    assert sizes == {"fedavg": 2, "fedgs": 2}
+
+    # Means 0.3 and 0.5 of the two images with a lesion.
+    found = section.summaries["in_test", "dice_n", "fedavg"]
+    assert found.runs == 2
+    assert found.mean == pytest.approx(0.4)
+    assert found.std == pytest.approx(math.sqrt(2 * 0.1**2))
+    assert (found.fewest, found.most) == (2, 2)
+
+    # Means 1.8 / 3 and 2.1 / 3 of all images.
+    found = section.summaries["in_test", "dice", "fedgs"]
+    assert found.mean == pytest.approx(0.65)
+    assert (found.fewest, found.most) == (3, 3)
+
+    # Nothing is small in the held-out centre.
+    found = section.summaries["out_test", "dice_s", "fedgs"]
+    assert found.runs == 0
+    assert math.isnan(found.mean)
 
 
-def test_differences_are_paired_by_image_and_run(pair_of_methods):
-    [section] = metrics.compare(pair_of_methods)
-    difference = section.differences["fedavg", "fedgs", "in_test", "dice_s"]  # image a: 0.2 - 0.1 and 0.5 - 0.3
-    assert difference["mean"] == pytest.approx(0.15) and (difference["images"], difference["runs"]) == (1, 2)
-    assert difference["std"] == pytest.approx(0.1 / math.sqrt(2))  # of 0.1 and 0.2
-    assert math.isnan(difference["low"]) and math.isnan(difference["p"])  # one image decides nothing
-    difference = section.differences["fedavg", "fedgs", "in_test", "dice"]
-    # image b: 0.6 - 0.5 and 0.6 - 0.7; c: 1 - 1 and 1 - 0: the images' means are 0.15, 0 and 0.5
-    assert difference["mean"] == pytest.approx((0.15 + 0 + 0.5) / 3) and difference["images"] == 3
-    difference = section.differences["fedavg", "fedgs", "in_test", "lesion_dice"]
-    assert difference["mean"] == pytest.approx((0.15 + 0 + 0.5) / 6)
+def test_another_checkpoint(two_methods):
+    (section,) = compare.compare(two_methods, "best_small")
+    assert section.summaries["in_test", "dice", "fedgs"].mean == 0
+    assert section.title == "PolypGen, utnet, checkpoint best_small"
 
 
-def test_only_runs_of_the_same_fold_and_seed_are_paired(tmp_path, pair_of_methods):
-    runs = [*pair_of_methods[:3], make_run(tmp_path / "g7", cases(0, 0, 0, 0), seed=7)]
-    [section] = metrics.compare(runs)
-    assert section.differences["fedavg", "fedgs", "in_test", "dice_s"]["runs"] == 1
-    assert section.differences["fedavg", "fedgs", "in_test", "dice_s"]["mean"] == pytest.approx(0.1)
-    [section] = metrics.compare([runs[0], runs[3]])
-    assert section.differences["fedavg", "fedgs", "in_test", "dice"]["images"] == 0
-    assert "0 pairs of runs" in metrics.report([section])
+def test_a_run_without_an_image_of_a_kind_counts_for_the_others_only(tmp_path, two_methods):
+    images = cases(0.4, 0.6, 1.0, 0.5)
+    images[0].small = False
+    other = make_run(tmp_path / "f2", images, fold=2)
+    (section,) = compare.compare([*two_methods[2:], other])
+    found = section.summaries["in_test", "dice_s", "fedgs"]
+    assert found.runs == 2
+    assert found.mean == pytest.approx((0.2 + 0.5) / 2)
+
+
+def test_the_control_is_a_group_of_its_own(tmp_path, two_methods):
+    control = make_run(
+        tmp_path / "control", cases(0.1, 0.5, 1.0, 0.6), method="fedavg", server_lr=1.12
+    )
+    (section,) = compare.compare([*two_methods, control])
+    assert list(section.groups) == [
+        "fedavg, server_lr 1.0",
+        "fedavg, server_lr 1.12",
+        "fedgs, server_lr 1.0",
+    ]
+    assert len({(first, second) for first, second, _, _ in section.differences}) == 3
+
+
+def test_options_that_make_groups_and_those_that_do_not(tmp_path, two_methods):
+    images = cases(0.1, 0.5, 1.0, 0.6)
+    free = {"device": "cuda", "workers": "2", "out": "elsewhere", "data_root": "here"}
+    other = make_run(tmp_path / "more", images, rounds=9, later_option=3, **free)
+    for runs in ([*two_methods, other], [other, *two_methods]):
+        (section,) = compare.compare(runs)
+        assert set(section.groups) == {
+            "fedavg, rounds 2, later_option None",
+            "fedgs, rounds 2, later_option None",
+            "fedgs, rounds 9, later_option 3",
+        }
+
+
+def test_checkpoints_of_unknown_training(tmp_path):
+    """What an evaluation of published checkpoints writes: one checkpoint, method unknown."""
+    runs = []
+    for name in ("theirs", "ours"):
+        runs.append(make_run(tmp_path / name, cases(0.1, 0.5, 1.0, 0.6), method="unknown"))
+        path = tmp_path / name / "results.json"
+        results = json.loads(path.read_text())
+        results["checkpoints"] = {f"{name}_model": results["checkpoints"]["best"]}
+        path.write_text(json.dumps(results))
+        path = tmp_path / name / "scores.csv"
+        path.write_text(path.read_text().replace("best,", f"{name}_model,"))
+    (section,) = compare.compare(runs)
+    assert set(section.groups) == {"theirs", "ours"}
+    assert section.title == "PolypGen, utnet, checkpoint theirs_model and ours_model"
+
+
+def test_networks_are_sections_of_their_own(tmp_path, two_methods):
+    other = make_run(tmp_path / "sd", cases(0.1, 0.5, 1.0, 0.6), model="sd-utnet")
+    assert [section.title for section in compare.compare([*two_methods, other])] == [
+        "PolypGen, utnet, checkpoint best",
+        "PolypGen, sd-utnet, checkpoint best",
+    ]
+
+
+# ----------------------------------------------------------------------------- paired statistics
+
+
+def test_differences_are_paired_by_image_and_run(two_methods):
+    (section,) = compare.compare(two_methods)
+
+    # Image a: 0.2 - 0.1 and 0.5 - 0.3.
+    found = section.differences["fedavg", "fedgs", "in_test", "dice_s"]
+    assert (found.pairs, found.images, found.clusters) == (2, 1, 1)
+    assert found.mean == pytest.approx(0.15)
+    assert found.std == pytest.approx(0.1 / math.sqrt(2))  # of 0.1 and 0.2
+    assert all(map(math.isnan, found.interval))  # one image decides nothing
+
+    # Image b: 0.6 - 0.5 and 0.6 - 0.7; c: 1 - 1 and 1 - 0: the images' means are 0.15, 0 and 0.5.
+    found = section.differences["fedavg", "fedgs", "in_test", "dice"]
+    assert found.mean == pytest.approx((0.15 + 0 + 0.5) / 3)
+    assert found.images == 3
+    found = section.differences["fedavg", "fedgs", "in_test", "dice_l"]
+    assert found.mean == pytest.approx(0, abs=1e-12)
+    assert found.images == 1
+    found = section.differences["fedavg", "fedgs", "in_test", "dice_n"]
+    assert found.mean == pytest.approx(0.15 / 2)
+    assert found.images == 2
+    found = section.differences["fedavg", "fedgs", "in_test", "lesion_dice"]
+    assert found.mean == pytest.approx((0.15 + 0 + 0.5) / 6)
+    found = section.differences["fedavg", "fedgs", "out_test", "dice"]
+    assert found.mean == pytest.approx(0.5 - 0.6)
+    assert found.images == 1
+
+
+def test_only_runs_of_the_same_fold_and_seed_are_paired(tmp_path, two_methods):
+    other_seed = make_run(tmp_path / "g7", cases(0, 0, 0, 0), seed=7)
+    (section,) = compare.compare([*two_methods[:3], other_seed])
+    found = section.differences["fedavg", "fedgs", "in_test", "dice_s"]
+    assert found.pairs == 1
+    assert found.mean == pytest.approx(0.1)
+
+    (section,) = compare.compare([two_methods[0], other_seed])
+    found = section.differences["fedavg", "fedgs", "in_test", "dice"]
+    assert (found.pairs, found.images) == (0, 0)
+    assert math.isnan(found.mean)
+    assert "0 pairs of runs" in compare.report([section])
 
 
 def test_folds_count_alike_in_both_tables(tmp_path):
-    """A fold with 2 images and one with 12, and seeds of one fold only: the difference is that of the means over runs."""
+    """The difference is that of the means over runs, whatever the numbers of images in folds."""
     runs = []
     for fold, seed, count, gain in ((1, 0, 2, 0.4), (2, 0, 12, -0.08), (2, 1, 12, 0.02)):
         for method in ("fedavg", "fedgs"):
-            those = [Case(f"{fold}-{i}", 0.5 + (gain if method == "fedgs" else 0), 200.0, True) for i in range(count)]
-            outside = Case("out", 0.5, split="out_test", centre=6)
-            runs.append(make_run(tmp_path / f"{method}{fold}{seed}", [*those, outside], method=method, fold=fold, seed=seed))
-    [section] = metrics.compare(runs)
-    means = [section.summary["in_test", "dice_s", label]["mean"] for label in ("fedavg", "fedgs")]
-    difference = section.differences["fedavg", "fedgs", "in_test", "dice_s"]
-    assert difference["mean"] == pytest.approx((0.4 - 0.08 + 0.02) / 3) == pytest.approx(means[1] - means[0])
-    assert difference["images"] == 14 and section.summary["in_test", "dice_s", "fedgs"]["n"] == (2, 12)
-    assert "2 to 12" in metrics.report([section])
+            dice = 0.5 + (gain if method == "fedgs" else 0)
+            images = [Case(f"{fold}-{i}", dice, 200.0, True) for i in range(count)]
+            images.append(Case("out", 0.5, split="out_test", centre="C6"))
+            folder = tmp_path / f"{method}{fold}{seed}"
+            runs.append(make_run(folder, images, method=method, fold=fold, seed=seed))
+    (section,) = compare.compare(runs)
+
+    found = section.differences["fedavg", "fedgs", "in_test", "dice_s"]
+    fedavg = section.summaries["in_test", "dice_s", "fedavg"]
+    fedgs = section.summaries["in_test", "dice_s", "fedgs"]
+    assert found.mean == pytest.approx((0.4 - 0.08 + 0.02) / 3)
+    assert found.mean == pytest.approx(fedgs.mean - fedavg.mean)
+    assert found.std == pytest.approx(np.std([0.4, -0.08, 0.02], ddof=1))
+    assert (found.images, found.pairs) == (14, 3)
+    assert (fedgs.fewest, fedgs.most) == (2, 12)
+    assert "2 to 12" in compare.report([section])
+
+
+def test_a_pair_without_an_image_of_a_kind_has_nothing_to_say(tmp_path):
+    runs = []
+    for fold, small in ((1, True), (2, False)):
+        for method, gain in (("fedavg", 0), ("fedgs", 0.1)):
+            images = [Case(f"{fold}-{i}", 0.5 + gain, 200.0, small) for i in range(12)]
+            folder = tmp_path / f"{method}{fold}"
+            runs.append(make_run(folder, images, method=method, fold=fold))
+    (section,) = compare.compare(runs)
+    found = section.differences["fedavg", "fedgs", "in_test", "dice_s"]
+    assert (found.pairs, found.images) == (2, 12)
+    assert found.mean == pytest.approx(0.1)
+    assert math.isnan(found.std)  # of one pair
+    assert found.interval.low == pytest.approx(0.1)
 
 
 def test_slices_of_a_volume_are_one_cluster(tmp_path):
     rng = np.random.default_rng(7)
-    gains = {f"volume-{v}_slice-{k}": gain for v in range(12) for gain in [rng.normal()] for k in range(5)}
-    slices, volumes = ([0.1 * gains[f"volume-{v}_slice-{k}"] for v in range(12) for k in range(count)] for count in (5, 1))
-    runs = [make_run(tmp_path / method, [Case(name, 0.5 + sign * 0.1 * gain) for name, gain in gains.items()], "LiTS", dataset="lits", method=method)
-            for method, sign in (("fedavg", 0), ("fedgs", 1))]
-    [section] = metrics.compare(runs)
-    difference = section.differences["fedavg", "fedgs", "in_test", "dice"]
-    assert (difference["images"], difference["clusters"]) == (60, 12) and "60 of 12 volumes" in metrics.report([section])
-    expected = clustered([[d] for d in volumes])  # equal slices tell no more than one
-    assert {name: difference[name] for name in ("low", "high", "p")} == pytest.approx(expected)
-    assert expected["high"] - expected["low"] > 1.5 * np.ptp([clustered([[d] for d in slices])[name] for name in ("low", "high")])
+    gains = {}
+    for volume in range(12):
+        gain = 0.1 * rng.normal()
+        for k in range(5):
+            gains[f"volume-{volume}_slice-{k}"] = gain
+    fedavg = [Case(name, 0.5) for name in gains]
+    fedgs = [Case(name, 0.5 + gain) for name, gain in gains.items()]
+    runs = [
+        make_run(tmp_path / "fedavg", fedavg, "LiTS", dataset="lits", method="fedavg"),
+        make_run(tmp_path / "fedgs", fedgs, "LiTS", dataset="lits", method="fedgs"),
+    ]
+    (section,) = compare.compare(runs)
+    found = section.differences["fedavg", "fedgs", "in_test", "dice"]
+    assert (found.images, found.clusters) == (60, 12)
+    assert "60 of 12 volumes" in compare.report([section])
+
+    # Equal slices of a volume tell no more than one of them.
+    slices = list(gains.values())
+    expected = interval_of([[gain] for gain in slices[::5]])
+    assert found.interval == pytest.approx(expected)
+    too_sure = interval_of([[gain] for gain in slices])
+    assert expected.high - expected.low > 1.5 * (too_sure.high - too_sure.low)
 
 
-def clustered(differences):
-    """metrics.interval of images, each with a list of its differences, one for each run."""
+def interval_of(differences):
+    """compare.interval of images, each with a list of its differences, one for each run."""
     sums = np.array(differences, dtype=float)
-    return metrics.interval(sums, np.ones_like(sums))
+    return compare.interval(sums, np.ones_like(sums))
 
 
 def test_interval_and_p_are_scipys():
-    """One run: the plain paired bootstrap of the mean and Wilcoxon's test, zeros among the differences."""
+    """One run: the plain paired bootstrap of the mean and Wilcoxon's test, with zeros."""
     differences = np.random.default_rng(3).normal(0.05, 0.1, 40).round(2)
-    found = clustered([[d] for d in differences])
-    interval = stats.bootstrap((differences,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
-    assert (found["low"], found["high"]) == pytest.approx(tuple(interval), abs=1e-3)
-    assert found["p"] == stats.wilcoxon(differences).pvalue
+    assert 0 in differences
+    found = interval_of([[d] for d in differences])
+    bootstrap = stats.bootstrap(
+        (differences,), np.mean, method="percentile", rng=np.random.default_rng(0)
+    )
+    expected = tuple(bootstrap.confidence_interval)
+    assert (found.low, found.high) == pytest.approx(expected, abs=1e-3)
+    assert found.p == stats.wilcoxon(differences).pvalue
 
 
 def test_more_seeds_of_the_same_images_are_no_more_images():
     """Four equal runs of each image: interval and p stay as they are for one."""
     differences = np.random.default_rng(4).normal(0.05, 0.1, 30)
-    one, four = (clustered([[d] * runs for d in differences]) for runs in (1, 4))
+    one = interval_of([[d] for d in differences])
+    four = interval_of([[d] * 4 for d in differences])
     assert one == pytest.approx(four)
 
 
+def test_a_cluster_of_many_images_weighs_more_in_the_interval():
+    """The mean of a pair is that over its images, not over its clusters."""
+    sums = np.array([[1.0]] * 10 + [[0.0]] * 10)
+    counts = np.array([[1.0]] * 10 + [[9.0]] * 10)
+    found = compare.interval(sums, counts)
+    assert found.low < 0.1 < found.high < 0.3  # 10 / 100, where clusters alone would give 0.5
+
+
+def test_a_sample_may_hold_none_of_a_pairs_images():
+    """A fold with ten images and one with two, all of which differ by 1: so do all samples."""
+    counts = np.zeros((12, 2))
+    counts[:10, 0] = counts[10:, 1] = 1
+    found = compare.interval(counts, counts)
+    assert (found.low, found.high) == (1, 1)
+
+
 def simulated(rng, effect, images=60, runs=3):
-    """Differences of images that are easy for one method or the other, which their runs share, and noise of each run."""
+    """Images that are easier for one method or the other, in all runs, and noise of each run."""
     of_images = rng.normal(effect, 0.1, (images, 1))
-    return (of_images + rng.normal(0, 0.05, (images, runs))).tolist()
+    return of_images + rng.normal(0, 0.05, (images, runs))
 
 
 def test_intervals_cover_the_truth_in_about_95_of_100_cases():
     rng = np.random.default_rng(5)
-    found = [clustered(simulated(rng, 0.0)) for _ in range(200)]
-    covering = np.mean([d["low"] <= 0 <= d["high"] for d in found])
-    assert 0.91 <= covering <= 0.985  # two and a half standard deviations of 200 cases around 0.95
-    assert 0.015 <= np.mean([d["p"] < 0.05 for d in found]) <= 0.09
+    found = [interval_of(simulated(rng, 0.0)) for _ in range(200)]
+    covering = np.mean([interval.low <= 0 <= interval.high for interval in found])
+    assert 0.91 <= covering <= 0.985  # two and a half standard deviations around 0.95
+    assert 0.015 <= np.mean([interval.p < 0.05 for interval in found]) <= 0.09
 
 
 def test_a_difference_is_found():
-    found = clustered(simulated(np.random.default_rng(6), 0.1))
-    assert 0.05 < found["low"] < 0.1 < found["high"] < 0.15 and found["p"] < 1e-6
+    found = interval_of(simulated(np.random.default_rng(6), 0.1))
+    assert 0.05 < found.low < 0.1 < found.high < 0.15
+    assert found.p < 1e-6
 
 
-def test_equal_runs():
-    assert clustered([[0.0]] * 10) == {"low": 0, "high": 0, "p": 1}
-    assert math.isnan(clustered([[0.1]] * 9)["low"])  # too few images for an interval
-    assert all(map(math.isnan, metrics.interval(np.zeros((0, 1)), np.zeros((0, 1))).values()))
+def test_equal_runs_and_too_few_images():
+    assert interval_of([[0.0]] * 10) == (0, 0, 1)
+    assert all(map(math.isnan, interval_of([[0.1]] * 9)))
+    assert all(map(math.isnan, compare.interval(np.zeros((0, 1)), np.zeros((0, 1)))))
 
 
-# -------------------------------------------------------------------------------------------- what is compared
+# ------------------------------------------------------------------------------------ reading runs
 
 
-def test_the_control_is_a_group_of_its_own(tmp_path, pair_of_methods):
-    control = make_run(tmp_path / "control", cases(0.1, 0.5, 1.0, 0.6), method="fedavg", server_lr=1.12)
-    [section] = metrics.compare([*pair_of_methods, control])
-    assert list(section.groups) == ["fedavg, server_lr 1.0", "fedavg, server_lr 1.12", "fedgs, server_lr 1.0"]
-    assert len({key[:2] for key in section.differences}) == 3
-
-
-def test_options_that_make_groups_and_those_that_do_not(tmp_path, pair_of_methods):
-    other = make_run(tmp_path / "more", cases(0.1, 0.5, 1.0, 0.6), rounds=9, nsd_tolerance=2.0, device="cuda", later_option=3)
-    for runs in ([*pair_of_methods, other], [other, *pair_of_methods]):
-        [section] = metrics.compare(runs)
-        assert set(section.groups) == {"fedavg, rounds 2, later_option None", "fedgs, rounds 2, later_option None",
-                                       "fedgs, rounds 9, later_option 3"}
-        assert "NSD" not in metrics.report([section]).partition("NSD:")[0]  # at different tolerances it is not comparable
-
-
-def test_checkpoints_of_unknown_training(tmp_path):
-    """What --evaluate writes for published checkpoints: one checkpoint of its own name, method unknown."""
-    runs = []
-    for name in ("theirs", "ours"):
-        runs.append(make_run(tmp_path / name, cases(0.1, 0.5, 1.0, 0.6), method="unknown"))
-        for file in ("results.json", "scores.csv"):
-            text = (tmp_path / name / file).read_text().replace("best_small", "other")
-            (tmp_path / name / file).write_text(text.replace("best", f"{name}_model"))
-    [section] = metrics.compare(runs)
-    assert set(section.groups) == {"theirs", "ours"} and "theirs_model and ours_model" in section.title
-
-
-def test_networks_are_sections_of_their_own(tmp_path, pair_of_methods):
-    other = make_run(tmp_path / "sd", cases(0.1, 0.5, 1.0, 0.6), model="sd-utnet", device="cuda")
-    assert [section.title for section in metrics.compare([*pair_of_methods, other])] == [
-        "PolypGen, utnet, checkpoint best", "PolypGen, sd-utnet, checkpoint best"]
-
-
-def refused(capsys, arguments, *words):
-    """Exit code 2, one line on stderr, and these words in it."""
-    code = metrics.main(list(map(str, arguments)))
+def refuses(capsys, arguments, *words):
+    """Exit code 2, one line on stderr, and these words in it; nothing on stdout."""
+    code = exit_code(compare.main, arguments)
     output = capsys.readouterr()
-    assert code == 2 and output.out == "" and output.err.startswith("metrics.py: error: ") and output.err.count("\n") == 1
+    assert code == 2
+    assert output.out == ""
+    assert output.err.startswith("compare: error: ")
+    assert output.err.count("\n") == 1
     for word in words:
         assert word in output.err, output.err
 
 
 def changed(name, value):
     """The usual images, with another value of one fact of the second."""
-    those = cases(0.1, 0.5, 1.0, 0.6)
-    setattr(those[1], name, value)
-    return those
+    images = cases(0.1, 0.5, 1.0, 0.6)
+    setattr(images[1], name, value)
+    return images
 
 
-@pytest.mark.parametrize("other, config, words", [
-    (cases(0, 0, 0, 0), {"data": "PolypGen stand-in"}, ["PolypGen stand-in", "compare them apart"]),
-    (cases(0, 0, 0, 0), {"image_size": 128}, ["128", "64"]),
-    (cases(0, 0, 0, 0)[1:], {}, ["in-test images"]),
-    (changed("name", "z"), {}, ["in-test images"]),
-    (changed("small", True), {}, ["size flags"]),
-    (changed("split", "out_test"), {"fold": 2}, ["out-test images"]),
-    (cases(0, 0, 0, 0), {"method": "fedavg"}, ["the same run", "fedavg, fold 1, seed 0"]),
-])
-def test_runs_that_do_not_belong_together(tmp_path, capsys, pair_of_methods, other, config, words):
-    refused(capsys, [*pair_of_methods, make_run(tmp_path / "other", other, **config)], *words)
+@pytest.mark.parametrize(
+    "other, config, words",
+    [
+        (cases(0, 0, 0, 0), {"data": "PolypGen stand-in"}, ["PolypGen stand-in", "them apart"]),
+        (cases(0, 0, 0, 0), {"image_size": 128}, ["128", "64"]),
+        (cases(0, 0, 0, 0)[1:], {}, ["in-test images"]),
+        (changed("name", "z"), {}, ["in-test images"]),
+        (changed("centre", "C2"), {}, ["in-test images"]),
+        (changed("inverse_area", 21.0), {}, ["in-test images"]),
+        (changed("small", True), {}, ["size flags"]),
+        (changed("split", "out_test"), {"fold": 2}, ["out-test images"]),
+        (cases(0, 0, 0, 0), {"method": "fedavg"}, ["the same run", "fedavg, fold 1, seed 0"]),
+    ],
+)
+def test_runs_that_do_not_belong_together(tmp_path, capsys, two_methods, other, config, words):
+    refuses(capsys, [*two_methods, make_run(tmp_path / "other", other, **config)], *words)
 
 
 def test_other_folds_have_other_images(tmp_path):
-    runs = [make_run(tmp_path / "f1", cases(0.1, 0.5, 1.0, 0.6)), make_run(tmp_path / "f2", changed("name", "z"), fold=2)]
-    [section] = metrics.compare(runs)
-    assert len(section.groups["fedgs"]) == 2
+    one = make_run(tmp_path / "f1", cases(0.1, 0.5, 1.0, 0.6))
+    other = make_run(tmp_path / "f2", changed("name", "z"), fold=2)
+    third = make_run(tmp_path / "f2s1", changed("name", "z"), fold=2, seed=1)
+    (section,) = compare.compare([one, other, third])
+    assert len(section.groups["fedgs"]) == 3
 
 
-def test_folders_without_a_finished_run(tmp_path, capsys, pair_of_methods):
-    refused(capsys, [tmp_path], "results.json is missing", "--resume")
-    refused(capsys, [*pair_of_methods, "--checkpoint", "last"], "no results of checkpoint last", "best, best_small")
-    folder = tmp_path / "g0"
-    scores, results = ((folder / name).read_text() for name in ("scores.csv", "results.json"))
-    for name, damage in (("scores.csv", "checkpoint,split\nbest,in_test\n"), ("scores.csv", ""), ("results.json", "{"), ("results.json", "[]"),
-                         ("scores.csv", scores + scores.splitlines()[1].replace(",a,", ",aa,")), ("scores.csv", scores.replace("0.2", "0.3")),
-                         ("scores.csv", scores.replace("0.2", "good")), ("results.json", results.replace('"fold": 1', '"fold": [1]')),
-                         ("results.json", results.replace('"image_size"', '"size"')), ("results.json", results.replace('"mean": 0.4', '"mean": null'))):
-        assert damage not in (scores, results)
-        (folder / name).write_text(damage)
-        refused(capsys, pair_of_methods, str(folder), "damaged")
-        (folder / name).write_text(scores if name == "scores.csv" else results)
-    (folder / "scores.csv").unlink()
-    refused(capsys, pair_of_methods, "scores.csv is missing")
+def test_folders_without_a_finished_run(tmp_path, capsys, two_methods):
+    refuses(capsys, [tmp_path], "results.json is missing", "--resume")
+    refuses(capsys, [tmp_path / "nowhere"], "nowhere holds no finished run")
+    (tmp_path / "g0" / "scores.csv").unlink()
+    refuses(capsys, two_methods, "g0", "scores.csv is missing")
 
 
-def test_what_cannot_be_drawn(tmp_path, capsys, pair_of_methods):
-    empty = make_run(tmp_path / "empty", [Case("c", 1.0, math.inf), Case("d", 1.0, math.inf, split="out_test", centre=6)])
-    assert metrics.main([empty, "--plot", str(tmp_path / "x.png")]) == 2 and "nothing to draw" in capsys.readouterr().err
-    other = make_run(tmp_path / "sd", cases(0.1, 0.5, 1.0, 0.6), model="sd-utnet")
-    refused(capsys, [*pair_of_methods, other, "--plot", tmp_path / "x.png"], "one data set and network")
-    refused(capsys, [*pair_of_methods, "--plot", tmp_path / "x.bmp"], "x.bmp", ".png, .pdf or .svg")
+def test_a_checkpoint_that_is_not_there(capsys, two_methods):
+    words = ("no results of checkpoint last", "best, best_small")
+    refuses(capsys, [*two_methods, "--checkpoint", "last"], *words)
 
 
-# ---------------------------------------------------------------------------------------------------- output
+@pytest.mark.parametrize(
+    "name, old, new",
+    [
+        ("results.json", None, "{"),
+        ("results.json", None, "[]"),
+        ("results.json", None, "{}"),
+        ("results.json", '"fold": 1', '"fold": [1]'),
+        ("results.json", '"image_size"', '"size"'),
+        ("results.json", '"mean": 0.4', '"mean": null'),
+        ("results.json", '"recall_0_50"', '"recall_of_all"'),
+        ("results.json", '"best_small"', '"last"'),
+        ("scores.csv", None, ""),
+        ("scores.csv", None, "checkpoint,split\nbest,in_test\n"),
+        ("scores.csv", None, "\x00\x01"),
+        ("scores.csv", "0.2", "good"),
+        ("scores.csv", "lesion_dice", "another"),
+    ],
+)
+def test_damaged_files(tmp_path, capsys, two_methods, name, old, new):
+    path = tmp_path / "g0" / name
+    text = path.read_text()
+    damaged = new if old is None else text.replace(old, new)
+    assert damaged != text
+    path.write_text(damaged)
+    refuses(capsys, two_methods, str(tmp_path / "g0"))
 
 
-def test_tables_and_picture(tmp_path, capsys):
-    stand_in = {"data": "PolypGen stand-in"}
-    runs = [make_run(tmp_path / "a", cases(0.1, 0.5, 1.0, 0.6), method="fedavg", **stand_in),
-            make_run(tmp_path / "g", cases(0.2, 0.6, 1.0, 0.5), **stand_in)]
-    assert metrics.main([*runs, "--plot", str(tmp_path / "comparison.png")]) == 0
+# ----------------------------------------------------------------------------------------- tables
+
+
+def test_tables(capsys, tmp_path):
+    runs = [
+        make_run(tmp_path / "a", cases(0.1, 0.5, 1.0, 0.6), "PolypGen stand-in", method="fedavg"),
+        make_run(tmp_path / "g", cases(0.2, 0.6, 1.0, 0.5), "PolypGen stand-in"),
+    ]
+    assert exit_code(compare.main, runs) == 0
     text = capsys.readouterr().out
-    assert text.startswith("PolypGen stand-in, utnet, checkpoint best") and "fedgs - fedavg (1 pair of runs)" in text
-    assert "+0.067 " in text and "[" not in text and "NSD" not in text  # three images are too few for an interval
-    assert "not other seeds" in text and "not corrected" in text
-    with Image.open(tmp_path / "comparison.png") as image:
-        assert min(image.size) > 800
-    assert metrics.main([*runs, "--markdown"]) == 0
+    assert text.startswith("PolypGen stand-in, utnet, checkpoint best: ")
+    assert "fedgs - fedavg (1 pair of runs)" in text
+    assert "+0.067 " in text
+    assert "[" not in text  # three images are too few for an interval
+    assert "not other seeds" in text
+    assert "not corrected" in text
+    assert "FP rate" not in text  # nothing was counted for it
+    assert "recall, 1/a < 50   2" in text
+
+    assert exit_code(compare.main, [*runs, "--markdown"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "| in-test | n | fedavg (1 run) | fedgs (1 run) |" in lines and "| Dice_N | 2 | 0.300 | 0.400 |" in lines
-    assert metrics.main([*runs, "--csv"]) == 0
-    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert all("PolypGen stand-in" in row["section"] for row in rows)
-    [row] = [row for row in rows if (row["split"], row["measure"], row["method"], row["against"]) == ("in_test", "dice", "fedgs", "fedavg")]
-    assert float(row["mean"]) == pytest.approx(0.2 / 3) and row["n"] == "3"
+    assert "| in-test | n | fedavg (1 run) | fedgs (1 run) |" in lines
+    assert "| Dice_N | 2 | 0.300 | 0.400 |" in lines
+    assert "| Dice_S | +0.100 | – | 1 | – | – | 0 |" in lines
 
 
-def test_picture_shows_its_numbers(pair_of_methods):
-    [section] = metrics.compare(pair_of_methods)
-    figure = metrics.draw(section)
-    panels = {axes.get_title().partition(":")[0]: axes for axes in figure.axes}
+def test_spread_and_interval_in_tables(tmp_path):
+    rng = np.random.default_rng(8)
+    runs = []
+    for seed in (0, 1):
+        for method in ("fedavg", "fedgs"):
+            images = [Case(str(i), rng.uniform()) for i in range(12)]
+            folder = tmp_path / f"{method}{seed}"
+            runs.append(make_run(folder, images, method=method, seed=seed))
+    (section,) = compare.compare(runs)
+    found = section.differences["fedavg", "fedgs", "in_test", "dice"]
+    low, high, p = found.interval
+    expected = f"{found.mean:+.3f} ± {found.std:.3f} [{low:+.3f}, {high:+.3f}]"
+    text = compare.report([section])
+    assert expected in text
+    assert f"{p:.2g}" in text
+    fedgs = section.summaries["in_test", "dice", "fedgs"]
+    assert f"{fedgs.mean:.3f} ± {fedgs.std:.3f}" in text
+
+
+def test_a_row_for_what_only_one_method_was_tested_on(tmp_path):
+    other_fold = cases(0.5, 0.6, 1.0, 0.5)
+    other_fold[0].small = False
+    runs = [
+        make_run(tmp_path / "a", cases(0.1, 0.5, 1.0, 0.6), method="fedavg"),
+        make_run(tmp_path / "g", other_fold, fold=2),
+    ]
+    text = compare.report(compare.compare(runs))
+    (row,) = [line.split() for line in text.splitlines() if line.startswith("Dice_S   ")][:1]
+    assert row == ["Dice_S", "0", "to", "1", "0.100", "–"]
+
+
+# ---------------------------------------------------------------------------------------- picture
+
+
+def test_the_picture_shows_the_numbers_of_the_runs(tmp_path):
+    def images(dice, *others):
+        return [*cases(*others), Case("e", dice, centre="C2")]
+
+    runs = [
+        make_run(tmp_path / "a0", images(0.2, 0.1, 0.5, 1.0, 0.6), method="fedavg"),
+        make_run(tmp_path / "a1", images(0.4, 0.3, 0.7, 0.0, 0.6), method="fedavg", seed=1),
+        make_run(tmp_path / "g0", images(0.9, 0.2, 0.6, 1.0, 0.5)),
+    ]
+    (section,) = compare.compare(runs)
+    figure = compare.draw(section)
     assert figure.get_suptitle() == section.title
-    ticks = [label.get_text() for label in panels["Dice_L"].get_xticklabels()]
-    assert ticks == ["C1\nn = 1", "C6\n(held out)\nn = 1"]
-    heights = [bar.get_height() for bar in panels["Dice_L"].patches]
-    assert heights == pytest.approx([0.6, 0.6, 0.6, 0.5])  # FedAvg: C1 (0.5 + 0.7) / 2, C6; FedGS: C1, C6
-    assert len({round(bar.get_x(), 6) for bar in panels["Dice_L"].patches}) == 4
-    assert [bar.get_height() for bar in panels["lesion recall"].patches][0] == pytest.approx((2 * 0.5 + 6 * 0.9) / 8)
-    lines = panels["every test image with a lesion, mean of its runs"].lines
-    assert any(line.get_label() == "τ = 150" and set(line.get_xdata()) == {150} for line in lines)
-    points = panels["every test image with a lesion, mean of its runs"].collections[0].get_offsets()
-    assert sorted(map(tuple, points.tolist())) == [(20, pytest.approx(0.6)), (20, pytest.approx(0.6)), (200, pytest.approx(0.2))]
+    panels = {axes.get_title().partition(":")[0]: axes for axes in figure.axes}
+
+    panel = panels["Dice_L"]
+    ticks = [label.get_text() for label in panel.get_xticklabels()]
+    assert ticks == ["1\nC1", "1\nC6\n(held out)", "1\nC2"]
+    # FedAvg's mean of two runs, then FedGS's one.
+    heights = [bar.get_height() for bar in panel.patches]
+    assert heights == pytest.approx([0.6, 0.6, 0.6, 0.5, 0.3, 0.9])
+    heights = [bar.get_height() for bar in panels["Dice_S"].patches]
+    assert heights == pytest.approx([0.2, 0.2, 0, 0, 0, 0])
+    recall = panels["lesion recall"].patches[0].get_height()
+    assert recall == pytest.approx((2 * 0.5 + 6 * 0.9) / 8)
+
+    panel = panels["every test image with a lesion, mean of its runs"]
+    points = np.array(sorted(panel.collections[0].get_offsets().tolist()))
+    expected = np.array([[20, 0.3], [20, 0.6], [20, 0.6], [200, 0.2]])
+    assert points == pytest.approx(expected)
+    assert any(line.get_label() == "τ = 150" for line in panel.lines)
     counts = next(axes for axes in figure.axes if axes.get_ylabel() == "images")
-    assert sum(bar.get_height() for bar in counts.patches) == 3
+    assert sum(bar.get_height() for bar in counts.patches) == 4
 
 
-def test_running_mean_by_hand():
-    x, y, error = plots.running_mean(np.array([3.0, 1.0, 2.0, 4.0, 5.0]), np.array([0.3, 0.1, 0.2, 0.9, 0.5]), 2, fewest=1)
-    # in order 0.1, 0.2, 0.3, 0.9, 0.5: two at the ends, three beside them, all five in the middle
-    assert x.tolist() == [1, 2, 3, 4, 5] and y.tolist() == pytest.approx([0.15, 0.2, 0.4, 1.7 / 3, 0.7])
-    assert error[1] == pytest.approx(1.96 * 0.1 / math.sqrt(3))  # the standard deviation of 0.1, 0.2, 0.3 is 0.1
+def test_a_picture_of_a_comparison(tmp_path, capsys, two_methods):
+    path = tmp_path / "comparison.png"
+    assert exit_code(compare.main, [*two_methods, "--plot", path]) == 0
+    assert "Dice_S" in capsys.readouterr().out
+    with Image.open(path) as image:
+        assert min(image.size) > 800
+
+
+def test_what_cannot_be_drawn(tmp_path, capsys, two_methods):
+    path = tmp_path / "x.png"
+    nothing = [Case("c", 1.0, math.inf), Case("d", 1.0, math.inf, split="out_test", centre="C6")]
+    empty = make_run(tmp_path / "empty", nothing)
+    assert exit_code(compare.main, [empty, "--plot", path]) == 2
+    assert "nothing to draw" in capsys.readouterr().err
+
+    other = make_run(tmp_path / "sd", cases(0.1, 0.5, 1.0, 0.6), model="sd-utnet")
+    refuses(capsys, [*two_methods, other, "--plot", path], "one data set and network")
+    refuses(capsys, [*two_methods, "--plot", tmp_path / "x.bmp"], "x.bmp", ".png, .pdf or .svg")
+    assert not path.exists()

@@ -1,14 +1,15 @@
-"""Loss and measures against values worked out by hand."""
+"""Losses and measures against values worked out by hand, and against other people's code."""
 
 import math
+import runpy
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from scipy import ndimage
 
 import metrics
-import plots
 from models import Decomposition
 
 
@@ -19,15 +20,25 @@ def mask(*pixels):
     return out.view(1, 1, 2, 2)
 
 
+def grid(text):
+    """A mask from rows of . and #."""
+    return np.array([[character == "#" for character in row] for row in text.split()])
+
+
+# ----------------------------------------------------------------------------------------- losses
+
+
 def test_soft_dice_is_over_the_whole_batch():
-    # p = 0.5 everywhere in 2 images of 4 pixels; y has 1 pixel: 1 - (2 * 0.5 + 0.1) / (4 + 1 + 0.1)
-    loss = metrics.soft_dice_loss(torch.zeros(2, 2, 2, 2), torch.cat([mask(0), mask()]).to(torch.uint8))
-    assert loss.item() == pytest.approx(1 - 1.1 / 5.1, abs=1e-6)
+    # p = 0.5 everywhere in 2 images of 4 pixels; y has 1 pixel.
+    masks = torch.cat([mask(0), mask()]).to(torch.uint8)
+    loss = metrics.soft_dice_loss(torch.zeros(2, 2, 2, 2), masks)
+    assert loss.item() == pytest.approx(1 - (2 * 0.5 + 0.1) / (4 + 1 + 0.1), abs=1e-6)
 
 
 def test_soft_dice_uses_the_lesion_channel():
-    logits = torch.stack([torch.full((1, 2, 2), -50.0), torch.full((1, 2, 2), 50.0)], dim=1)  # lesion for certain
-    assert metrics.soft_dice_loss(logits, mask(0, 1, 2, 3)).item() == pytest.approx(0, abs=1e-6)
+    background, lesion = torch.full((1, 2, 2), -50.0), torch.full((1, 2, 2), 50.0)
+    loss = metrics.soft_dice_loss(torch.stack([background, lesion], dim=1), mask(0, 1, 2, 3))
+    assert loss.item() == pytest.approx(0, abs=1e-6)
 
 
 def test_soft_dice_of_probabilities():
@@ -39,10 +50,24 @@ def test_soft_dice_of_probabilities():
 @pytest.fixture
 def parts(generator):
     """A batch of three images of 4 x 4 as SD-UTNet would return it, in float64."""
-    anatomy, reconstruction = (torch.rand(3, c, 4, 4, generator=generator).double() * 2 - 1 for c in (8, 3))
+    anatomy = torch.rand(3, 8, 4, 4, generator=generator).double() * 2 - 1
+    reconstruction = torch.rand(3, 3, 4, 4, generator=generator).double() * 2 - 1
     mu, log_variance, z, z_again = torch.randn(4, 3, 8, generator=generator).double()
     probabilities = torch.randn(3, 2, 4, 4, generator=generator).double().softmax(1)
-    return Decomposition(anatomy, probabilities, reconstruction, mu, log_variance, z, z_again)
+    return Decomposition(
+        anatomy=anatomy,
+        probabilities=probabilities,
+        reconstruction=reconstruction,
+        mu=mu,
+        log_variance=log_variance,
+        z=z,
+        z_again=z_again,
+    )
+
+
+def flat(x):
+    """All numbers of a tensor."""
+    return x.flatten().tolist()
 
 
 def test_disentangled_loss_is_its_formula(parts, generator):
@@ -50,49 +75,59 @@ def test_disentangled_loss_is_its_formula(parts, generator):
     masks = (torch.rand(3, 1, 4, 4, generator=generator) < 0.4).to(torch.uint8)
     total, terms = metrics.disentangled_loss(parts, images, masks)
 
-    p, y = parts.probabilities[:, 1].flatten().tolist(), masks.flatten().tolist()
-    dice = 1 - (2 * sum(a * b for a, b in zip(p, y)) + 0.1) / (sum(p) + sum(y) + 0.1)
+    p, y = flat(parts.probabilities[:, 1]), flat(masks)
+    overlap = sum(a * b for a, b in zip(p, y, strict=True))
+    dice = 1 - (2 * overlap + 0.1) / (sum(p) + sum(y) + 0.1)
     kl = 0.0
-    for m, v in zip(parts.mu.flatten().tolist(), parts.log_variance.flatten().tolist()):
-        kl -= (1 + v - m**2 - math.exp(v)) / 2 / 3  # of three images
-    latent = sum(abs(a - b) for a, b in zip(parts.z_again.flatten().tolist(), parts.z.flatten().tolist())) / (3 * 8)
-    pairs = zip(parts.reconstruction.flatten().tolist(), images.flatten().tolist())
-    reconstruction = sum(abs(a - b) for a, b in pairs) / (3 * 3 * 4 * 4)
+    for m, v in zip(flat(parts.mu), flat(parts.log_variance), strict=True):
+        kl -= (1 + v - m**2 - math.exp(v)) / 2 / 3  # the mean of three images
+    codes = zip(flat(parts.z_again), flat(parts.z), strict=True)
+    latent = sum(abs(a - b) for a, b in codes) / (3 * 8)
+    pixels = zip(flat(parts.reconstruction), flat(images), strict=True)
+    reconstruction = sum(abs(a - b) for a, b in pixels) / (3 * 3 * 4 * 4)
 
     expected = {"dice": dice, "kl": kl, "latent": latent, "reconstruction": reconstruction}
-    assert {name: term.item() for name, term in terms.items()} == pytest.approx(expected, rel=1e-12)
+    found = {name: term.item() for name, term in terms.items()}
+    assert found == pytest.approx(expected, rel=1e-12)
     assert all(term.ndim == 0 for term in terms.values())
-    assert total.item() == pytest.approx(10 * dice + 0.01 * kl + latent + reconstruction, rel=1e-12)
+    weighted = 10 * dice + 0.01 * kl + latent + reconstruction
+    assert total.item() == pytest.approx(weighted, rel=1e-12)
 
 
 def test_divergence_is_that_of_two_normal_distributions(parts):
     def kl(mu, log_variance):
-        parts_at = parts._replace(mu=torch.full((3, 8), mu), log_variance=torch.full((3, 8), log_variance))
-        return metrics.disentangled_loss(parts_at, parts.reconstruction, torch.zeros(3, 1, 4, 4))[1]["kl"]
+        changed = parts._replace(
+            mu=torch.full((3, 8), mu), log_variance=torch.full((3, 8), log_variance)
+        )
+        masks = torch.zeros(3, 1, 4, 4)
+        _, terms = metrics.disentangled_loss(changed, parts.reconstruction, masks)
+        return terms["kl"]
 
     assert kl(0.0, 0.0) == 0
     one = torch.distributions.Normal(0.7, math.exp(-1.3 / 2))
-    expected = 8 * torch.distributions.kl_divergence(one, torch.distributions.Normal(0.0, 1.0))
+    standard = torch.distributions.Normal(0.0, 1.0)
+    expected = 8 * torch.distributions.kl_divergence(one, standard)
     torch.testing.assert_close(kl(0.7, -1.3), expected)
 
 
-@pytest.mark.parametrize("predicted, truth, expected", [
-    (mask(0, 1), mask(1, 2, 3), 2 / 5),  # TP 1, FP 1, FN 2: 2 / (2 + 1 + 2)
-    (mask(0, 1), mask(0, 1), 1.0),
-    (mask(), mask(), 1.0),
-    (mask(0), mask(), 0.0),
-    (mask(), mask(0), 0.0),
-])
+# ---------------------------------------------------------------------------------- Dice of images
+
+
+@pytest.mark.parametrize(
+    "predicted, truth, expected",
+    [
+        (mask(0, 1), mask(1, 2, 3), 2 / 5),  # TP 1, FP 1, FN 2: 2 / (2 + 1 + 2)
+        (mask(0, 1), mask(0, 1), 1.0),
+        (mask(), mask(), 1.0),
+        (mask(0), mask(), 0.0),
+        (mask(), mask(0), 0.0),
+    ],
+)
 def test_dice_of_an_image(predicted, truth, expected):
     assert metrics.dice_per_image(predicted, truth).tolist() == [expected]
 
 
-# ------------------------------------------------------------------------------------------- lesion by lesion
-
-
-def grid(text):
-    """A mask from rows of . and #."""
-    return np.array([[character == "#" for character in row] for row in text.split()])
+# --------------------------------------------------------------------------------- lesion by lesion
 
 
 def test_lesions_by_hand():
@@ -108,32 +143,44 @@ def test_lesions_by_hand():
                         ....##..
                         .....#..
                         ........""")
-    # Lesion 1 (4 pixels) shares 2 with a component of 4: Dice 2 * 2 / (4 + 4). Lesion 2 (2 pixels, touching by a corner)
-    # and lesion 3 (6) are missed. The component at the bottom touches nothing. Image: 48 pixels.
+    # Lesion 1 (4 pixels) shares 2 with a component of 4: Dice 2 * 2 / (4 + 4). Lesion 2 (2 pixels,
+    # touching by a corner) and lesion 3 (6) are missed. The component at the bottom touches
+    # nothing. Image: 48 pixels.
     found = metrics.match_lesions(predicted, truth)
     assert found.inverse_area.tolist() == [48 / 4, 48 / 2, 48 / 6]
-    assert found.dice.tolist() == [0.5, 0, 0] and found.false_components == 1
+    assert found.dice.tolist() == [0.5, 0, 0]
+    assert found.false_components == 1
     assert metrics.lesion_dice(found) == 0.5 / 4  # three lesions and a false component
 
 
-def test_one_component_may_find_two_lesions_and_two_one():
-    # One component of 8 covers lesions of 2 and 3 pixels: 2 * 2 / (2 + 8) and 2 * 3 / (3 + 8).
+def test_one_component_may_find_two_lesions():
+    # A component of 8 covers lesions of 2 and 3 pixels: 2 * 2 / (2 + 8) and 2 * 3 / (3 + 8).
     found = metrics.match_lesions(grid("########"), grid("##..###."))
-    assert found.dice.tolist() == [0.4, 6 / 11] and found.false_components == 0
+    assert found.dice.tolist() == [0.4, 6 / 11]
+    assert found.false_components == 0
+
+
+def test_two_components_may_find_one_lesion():
     # Components of 1 and 2 pixels touch one lesion of 5: 2 * 3 / (5 + 3).
     found = metrics.match_lesions(grid("#..##..."), grid("#####..."))
-    assert found.dice.tolist() == [0.75] and found.false_components == 0
+    assert found.dice.tolist() == [0.75]
+    assert found.false_components == 0
 
 
-@pytest.mark.parametrize("predicted, truth, dice, false_components, expected", [
-    ("....", "....", [], 0, 1.0),
-    ("#.#.", "....", [], 2, 0.0),
-    ("....", ".##.", [0.0], 0, 0.0),
-    (".##.", ".##.", [1.0], 0, 1.0),
-])
+@pytest.mark.parametrize(
+    "predicted, truth, dice, false_components, expected",
+    [
+        ("....", "....", [], 0, 1.0),
+        ("#.#.", "....", [], 2, 0.0),
+        ("....", ".##.", [0.0], 0, 0.0),
+        (".##.", ".##.", [1.0], 0, 1.0),
+    ],
+)
 def test_lesions_where_something_is_empty(predicted, truth, dice, false_components, expected):
     found = metrics.match_lesions(grid(predicted), grid(truth))
-    assert found.dice.tolist() == dice and found.false_components == false_components and metrics.lesion_dice(found) == expected
+    assert found.dice.tolist() == dice
+    assert found.false_components == false_components
+    assert metrics.lesion_dice(found) == expected
 
 
 def test_lesions_of_random_masks():
@@ -145,33 +192,50 @@ def test_lesions_of_random_masks():
         found = metrics.match_lesions(predicted, truth)
         labels, n = ndimage.label(truth, np.ones((3, 3)))
         components, m = ndimage.label(predicted, np.ones((3, 3)))
+
         assert len(found.dice) == n
         for i in range(1, n + 1):
             lesion = labels == i
             touching = np.isin(components, np.setdiff1d(components[lesion], [0]))
-            assert found.dice[i - 1] == pytest.approx(f1_score(lesion.ravel(), touching.ravel(), zero_division=0))
+            expected = f1_score(lesion.ravel(), touching.ravel(), zero_division=0)
+            assert found.dice[i - 1] == pytest.approx(expected)
             assert found.inverse_area[i - 1] == truth.size / lesion.sum()
-        assert found.false_components == sum(not (truth & (components == j)).any() for j in range(1, m + 1))
+        alone = [j for j in range(1, m + 1) if not (truth & (components == j)).any()]
+        assert found.false_components == len(alone)
+
+
+# ---------------------------------------------------------------------------------------- surfaces
 
 
 def test_surfaces_by_hand():
     truth, predicted = np.zeros((2, 9, 9), bool)
-    truth[2:5, 2:5], predicted[2:5, 4:7] = True, True
-    # Both boundaries are the 8 outer pixels of a square, two columns apart. From the truth's columns 2, 3, 4 the nearest
-    # boundary pixel is 2, 1, 0 columns away, 3, 2, 3 of them (the middle of column 3 is inside), and so the other way.
+    truth[2:5, 2:5] = True
+    predicted[2:5, 4:7] = True
+    # Both boundaries are the 8 outer pixels of a square, two columns apart. From the truth's
+    # columns 2, 3, 4 the nearest boundary pixel is 2, 1, 0 columns away, 3, 2, 3 of them (the
+    # middle of column 3 is inside), and so the other way.
     nsd, hd95 = metrics.surface_measures(predicted, truth, (1, 1), 1)
-    assert nsd == 10 / 16 and hd95 == 2
-    nsd, hd95 = metrics.surface_measures(predicted, truth, (0.7, 0.4), 0.4)  # columns are 0.4 mm apart
-    assert nsd == 10 / 16 and hd95 == pytest.approx(0.8)
-    assert metrics.surface_measures(predicted, truth, (1, 1), 2)[0] == 1
+    assert nsd == 10 / 16
+    assert hd95 == 2
+
+    # Columns are 0.4 mm apart.
+    nsd, hd95 = metrics.surface_measures(predicted, truth, (0.7, 0.4), 0.4)
+    assert nsd == 10 / 16
+    assert hd95 == pytest.approx(0.8)
+
+    nsd, _ = metrics.surface_measures(predicted, truth, (1, 1), 2)
+    assert nsd == 1
 
 
 def test_surfaces_where_something_is_empty():
     empty, full = np.zeros((4, 4), bool), np.ones((4, 4), bool)
-    assert all(map(math.isnan, metrics.surface_measures(empty, empty, (1, 1), 1)))
-    for pair in ((empty, full), (full, empty)):
-        nsd, hd95 = metrics.surface_measures(*pair, (1, 1), 1)
-        assert nsd == 0 and math.isnan(hd95)
+    nsd, hd95 = metrics.surface_measures(empty, empty, (1, 1), 1)
+    assert math.isnan(nsd)
+    assert math.isnan(hd95)
+    for predicted, truth in ((empty, full), (full, empty)):
+        nsd, hd95 = metrics.surface_measures(predicted, truth, (1, 1), 1)
+        assert nsd == 0
+        assert math.isnan(hd95)
     assert metrics.surface_measures(full, full, (1, 1), 1) == (1, 0)
 
 
@@ -184,15 +248,17 @@ def random_shapes(rng):
 def test_surfaces_against_all_pairs_of_boundary_pixels(spacing):
     rng = np.random.default_rng(1)
     for _ in range(5):
-        masks = [random_shapes(rng) for _ in range(2)]
+        masks = [random_shapes(rng), random_shapes(rng)]
         edges = []
-        for mask in masks:
-            padded = np.pad(mask, 1)
-            inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-            edges.append(np.argwhere(mask & ~inside) * spacing)
+        for shape in masks:
+            padded = np.pad(shape, 1)
+            rows = padded[:-2, 1:-1] & padded[2:, 1:-1]
+            columns = padded[1:-1, :-2] & padded[1:-1, 2:]
+            edges.append(np.argwhere(shape & ~(rows & columns)) * spacing)
         distances = np.linalg.norm(edges[0][:, None] - edges[1][None], axis=2)
         both = [distances.min(1), distances.min(0)]
-        nsd, hd95 = metrics.surface_measures(*masks, spacing, 1.5)
+
+        nsd, hd95 = metrics.surface_measures(masks[0], masks[1], spacing, 1.5)
         assert nsd == pytest.approx((np.concatenate(both) <= 1.5).mean())
         assert hd95 == pytest.approx(max(np.percentile(d, 95) for d in both))
 
@@ -203,88 +269,132 @@ def test_surfaces_agree_with_monai():
     for spacing in ((1.0, 1.0), (0.7, 1.3)):
         for _ in range(10):
             predicted, truth = random_shapes(rng), random_shapes(rng)
-            pair = [torch.from_numpy(mask)[None, None].float() for mask in (predicted, truth)]
-            theirs = (monai.compute_surface_dice(*pair, [1.5], include_background=True, spacing=spacing).item(),
-                      monai.compute_hausdorff_distance(*pair, include_background=True, percentile=95, spacing=spacing).item())
-            assert metrics.surface_measures(predicted, truth, spacing, 1.5) == pytest.approx(theirs, rel=1e-5)
+            p, y = (torch.from_numpy(shape)[None, None].float() for shape in (predicted, truth))
+            nsd = monai.compute_surface_dice(p, y, [1.5], include_background=True, spacing=spacing)
+            hd95 = monai.compute_hausdorff_distance(
+                p, y, include_background=True, percentile=95, spacing=spacing
+            )
+            found = metrics.surface_measures(predicted, truth, spacing, 1.5)
+            assert found == pytest.approx((nsd.item(), hd95.item()), rel=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------- sums and tables
+# --------------------------------------------------------------------------------- a set of images
+
+
+def test_score_of_three_images():
+    truth = torch.zeros(3, 1, 4, 8, dtype=torch.bool)
+    predicted = torch.zeros_like(truth)
+    truth[0, 0, 0, 0] = True  # small, and missed: Dice 0
+    truth[1, 0, 1:3, 1:3] = True  # not small, half found: Dice 2 * 2 / (4 + 2)
+    predicted[1, 0, 1:3, 1] = True
+    predicted[2, 0, 3, 7] = True  # nothing is there: Dice 0, and a false component
+    small = torch.tensor([True, False, False])
+
+    found = metrics.score(predicted, truth, small)
+    assert found.predicted is predicted
+    assert found.dice.dtype == torch.float64
+    assert found.dice.tolist() == pytest.approx([0, 2 / 3, 0])
+    assert [image.inverse_area.tolist() for image in found.lesions] == [[32], [8], []]
+    assert found.tally.dtype == torch.float64
+    assert found.tally.shape == (len(metrics.MEASURES), 2)
+
+    means = metrics.means(found.tally)
+    assert means["dice_s"] == {"mean": 0, "n": 1}
+    assert means["dice_l"] == {"mean": pytest.approx(2 / 3), "n": 1}
+    assert means["dice_n"] == {"mean": pytest.approx(1 / 3), "n": 2}
+    assert means["dice"] == {"mean": pytest.approx(2 / 9), "n": 3}
+    assert means["false_positive"] == {"mean": 1, "n": 1}
+    assert means["lesion_dice"] == {"mean": pytest.approx(2 / 9), "n": 3}
+    assert means["false_components"] == {"mean": pytest.approx(1 / 3), "n": 3}
+    assert means["recall"] == {"mean": 0.5, "n": 2}
+    assert means["recall_0_50"] == {"mean": 0.5, "n": 2}
+
+
+def test_score_of_no_image():
+    nothing = torch.zeros(0, 1, 4, 4, dtype=torch.bool)
+    found = metrics.score(nothing, nothing, torch.zeros(0, dtype=torch.bool))
+    assert found.tally.tolist() == [[0, 0]] * len(metrics.MEASURES)
+
+
+def lesions(inverse_area=(), dice=(), false_components=0):
+    """The lesions of an image."""
+    return metrics.Lesions(np.array(inverse_area, float), np.array(dice, float), false_components)
+
 
 DICE = torch.tensor([0.2, 0.4, 0.9, 1.0, 0.0], dtype=torch.float64)
-LESION = torch.tensor([True, True, True, False, False])
-SMALL = torch.tensor([True, False, False, False, True])  # the last is flagged, but its mask is empty
-PREDICTED = torch.tensor([True, True, True, False, True])
-LESIONS = [metrics.Lesions(np.array([150.0, 2000.0]), np.array([0.4, 0.0]), 1), metrics.Lesions(np.array([20.0]), np.array([0.4]), 0),
-           metrics.Lesions(np.array([49.9, 50.0]), np.array([0.9, 0.5]), 0), metrics.Lesions(np.zeros(0), np.zeros(0), 0),
-           metrics.Lesions(np.zeros(0), np.zeros(0), 3)]
-SURFACES = torch.tensor([[0.5, 4.0], [0.7, 2.0], [0.6, 3.0], [math.nan, math.nan], [0.0, math.nan]], dtype=torch.float64)
-NOT_ASKED = torch.full((5, 2), math.nan, dtype=torch.float64)
+HAS_LESION = torch.tensor([True, True, True, False, False])
+SMALL = torch.tensor([True, False, False, False, True])  # the last is flagged, but has no lesion
+HAS_PREDICTION = torch.tensor([True, True, True, False, True])
+LESIONS = [
+    lesions([150.0, 2000.0], [0.4, 0.0], 1),
+    lesions([20.0], [0.4]),
+    lesions([49.9, 50.0], [0.9, 0.5]),
+    lesions(),
+    lesions(false_components=3),
+]
 
 
 def test_means_by_size():
-    means = metrics.means(metrics.tally(DICE, LESION, SMALL, PREDICTED, LESIONS, SURFACES))
+    means = metrics.means(metrics.tally(DICE, HAS_LESION, SMALL, HAS_PREDICTION, LESIONS))
     assert list(means) == list(metrics.MEASURES)
     assert means["dice_s"] == {"mean": 0.2, "n": 1}
     assert means["dice_l"] == {"mean": pytest.approx(0.65), "n": 2}
     assert means["dice_n"] == {"mean": pytest.approx(0.5), "n": 3}
     assert means["dice"] == {"mean": pytest.approx(0.5), "n": 5}
     assert means["false_positive"] == {"mean": 0.5, "n": 2}
-    # 0.4 / (2 lesions + 1 component), 0.4, (0.9 + 0.5) / 2, 1 for nothing at all, 0 for three components
-    assert means["lesion_dice"] == {"mean": pytest.approx((0.4 / 3 + 0.4 + 0.7 + 1 + 0) / 5), "n": 5}
+
+    # 0.4 / (2 lesions + 1 component), 0.4, (0.9 + 0.5) / 2, 1 for nothing at all, 0 for three
+    # components.
+    expected = (0.4 / 3 + 0.4 + 0.7 + 1 + 0) / 5
+    assert means["lesion_dice"] == {"mean": pytest.approx(expected), "n": 5}
     assert means["false_components"] == {"mean": 4 / 5, "n": 5}
+
     assert means["recall"] == {"mean": 4 / 5, "n": 5}  # all but the second are found
-    assert means["recall_0_50"] == {"mean": 1, "n": 2} and means["recall_50_150"] == {"mean": 1, "n": 1}
-    assert means["recall_150_1000"] == {"mean": 1, "n": 1} and means["recall_1000_up"] == {"mean": 0, "n": 1}
-    assert means["nsd"] == {"mean": pytest.approx(1.8 / 4), "n": 4} and means["hd95"] == {"mean": 3, "n": 3}
+    assert means["recall_0_50"] == {"mean": 1, "n": 2}
+    assert means["recall_50_150"] == {"mean": 1, "n": 1}
+    assert means["recall_150_1000"] == {"mean": 1, "n": 1}
+    assert means["recall_1000_up"] == {"mean": 0, "n": 1}
 
 
 def test_reduction_over_clients_is_exact(generator):
-    dice = torch.rand(101, generator=generator).double()  # 24 bits each, so that float64 sums of them are exact
-    lesion, small, predicted = (torch.rand(3, 101, generator=generator) < 0.6).unbind()
-    lesions, surfaces = [LESIONS[1]] * 101, torch.rand(101, 2, generator=generator).double()
-    parts = [slice(0, 7), slice(7, 7), slice(7, 60), slice(60, 101)]
-    together = metrics.tally(dice, lesion, small, predicted, lesions, surfaces)
-    apart = sum(metrics.tally(dice[p], lesion[p], small[p], predicted[p], lesions[p], surfaces[p]) for p in parts)
-    exact = [i for i, name in enumerate(metrics.MEASURES) if name != "lesion_dice"]  # 101 times 0.4 rounds
+    # 24 bits each, so that float64 sums of them are exact.
+    dice = torch.rand(101, generator=generator).double()
+    flags = torch.rand(3, 101, generator=generator) < 0.6
+    has_lesion, small, has_prediction = flags.unbind()
+    found = [LESIONS[1]] * 101
+
+    def tally(part):
+        return metrics.tally(
+            dice[part], has_lesion[part], small[part], has_prediction[part], found[part]
+        )
+
+    together = tally(slice(0, 101))
+    clients = [slice(0, 7), slice(7, 7), slice(7, 60), slice(60, 101)]
+    apart = sum(tally(client) for client in clients)
+    # 101 times 0.4 rounds.
+    exact = [i for i, name in enumerate(metrics.MEASURES) if name != "lesion_dice"]
     assert torch.equal(apart[exact], together[exact])
     torch.testing.assert_close(apart, together, rtol=1e-14, atol=0)
 
 
 def test_nothing_to_average_is_nan():
     none = torch.zeros(3, dtype=torch.bool)
-    means = metrics.means(metrics.tally(torch.ones(3, dtype=torch.float64), none, none, none, LESIONS[3:4] * 3, NOT_ASKED[:3]))
-    for measure in ("dice_s", "recall", "recall_0_50", "nsd", "hd95"):
-        assert math.isnan(means[measure]["mean"]) and means[measure]["n"] == 0
-    assert means["dice"] == {"mean": 1.0, "n": 3} and means["lesion_dice"] == {"mean": 1.0, "n": 3}
+    dice = torch.ones(3, dtype=torch.float64)
+    means = metrics.means(metrics.tally(dice, none, none, none, [lesions()] * 3))
+    for measure in ("dice_s", "recall", "recall_0_50"):
+        assert math.isnan(means[measure]["mean"])
+        assert means[measure]["n"] == 0
+    assert means["dice"] == {"mean": 1.0, "n": 3}
+    assert means["lesion_dice"] == {"mean": 1.0, "n": 3}
 
 
-def test_table_shows_counts_and_dashes():
-    means = metrics.means(metrics.tally(DICE, LESION, LESION & False, PREDICTED, LESIONS, NOT_ASKED))
-    text = metrics.table({"best": {"round": 3, "in_test": means, "out_test": means}})
-    assert "Dice_S" in text and "– (n=0)" in text and "0.500 (n=3)" in text and "best (round 3)" in text
-    assert "lesion recall" in text and "HD95" not in text
-    means = metrics.means(metrics.tally(DICE, LESION, LESION & False, PREDICTED, LESIONS, SURFACES))
-    assert "3.000 (n=3)" in metrics.table({"published": {"round": None, "in_test": means, "out_test": means}})
+# ------------------------------------------------------------------------------- the old command
 
 
-@pytest.mark.parametrize("channels", [3, 1])
-def test_picture_of_anatomy(generator, channels, tmp_path):
-    image = 4 * torch.rand(channels, 16, 16, generator=generator) - 2
-    reconstruction = torch.tanh(image).requires_grad_()  # as it comes from a network
-    anatomy = torch.rand(8, 16, 16, generator=generator) * 2 - 1
-    figure = plots.draw_anatomy(image, anatomy, reconstruction, "a title")
-
-    panels = {axes.get_title(): axes.images[0] for axes in figure.axes if axes.get_title()}
-    assert list(panels) == ["image", *(f"anatomy {i}" for i in (1, 2, 3, 4)),
-                            "reconstruction", *(f"anatomy {i}" for i in (5, 6, 7, 8))]
-    low, high = image.min(), image.max()  # tanh stays within them, so they are the ends of the common scale
-    for name, x in (("image", image), ("reconstruction", reconstruction.detach())):
-        shown = torch.as_tensor(panels[name].get_array().data.copy()).reshape(16, 16, channels).permute(2, 0, 1)
-        torch.testing.assert_close(shown, (x - low) / (high - low), rtol=1e-5, atol=1e-6)
-    for i in range(8):
-        assert panels[f"anatomy {i + 1}"].get_clim() == (-1, 1)
-        assert (panels[f"anatomy {i + 1}"].get_array().data == anatomy[i].numpy()).all()
-    assert figure.get_suptitle() == "a title"
-    assert any("anatomy" in axes.get_ylabel() for axes in figure.axes)  # the colour bar
-    figure.savefig(tmp_path / "anatomy.png")
+def test_the_old_command_says_what_to_type_now(capsys):
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(ROOT / "metrics.py", run_name="__main__")
+    output = capsys.readouterr()
+    assert ended.value.code == 2
+    assert output.out == ""
+    assert output.err == "metrics.py: compare runs with `python -m tools.compare RUN…`\n"

@@ -1,6 +1,5 @@
-"""A run in several processes: the same results as in one, and a clear end when one of them dies."""
+"""Clients in other processes: the results of one, and a clear end when something goes wrong."""
 
-import csv
 import os
 import shutil
 import signal
@@ -8,116 +7,89 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conftest import ROOT, assert_same_weights, exit_code, without_time
 
 import data
 import fedgs
-from conftest import ROOT
-from processes import Processes, available_cores
-from runs import RunError
+from support import processes
+from support.errors import UserError
+from support.hardware import available_cores
 
-OPTIONS = ["--image-size", "32", "--width", "2", "--batch-size", "4", "--local-epochs", "1", "--lr", "1e-3", "--rounds", "2"]
-
-
-def torchrun(count, *options):
-    """Start a run in `count` processes. -> Popen"""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone", "fedgs.py"]
-    return subprocess.Popen([*command, *OPTIONS, *map(str, options)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+OPTIONS = [
+    *("--image-size", "32", "--width", "2", "--batch-size", "4", "--local-epochs", "1"),
+    *("--lr", "1e-3", "--rounds", "2"),
+]
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """Six centres in PolypGen's layout, of 10 to 26 images with a bright square on noise each; centre 3 is the largest."""
-    root = tmp_path_factory.mktemp("frames")
-    generator = np.random.default_rng(0)
-    for centre, count in {1: 14, 2: 18, 3: 26, 4: 12, 5: 11, 6: 10}.items():
-        images, masks = (root / f"data_C{centre}" / f"{kind}_C{centre}" for kind in ("images", "masks"))
-        images.mkdir(parents=True)
-        masks.mkdir()
-        for i in range(count):
-            frame, mask = generator.integers(0, 90, (64, 64, 3), dtype=np.uint8), np.zeros((64, 64), np.uint8)
-            side, (top, left) = 3 + i, generator.integers(0, 30, 2)
-            mask[top : top + side, left : left + side] = 255
-            frame[mask > 0] += 150
-            Image.fromarray(frame).save(images / f"{i:02}.jpg")
-            Image.fromarray(mask).save(masks / f"{i:02}_mask.jpg")
-    return root
+def start(*options, torchrun=0):
+    """Start a run, in processes of torchrun where a number of them is given. -> Popen"""
+    command = [sys.executable]
+    if torchrun:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"]
+    command += ["fedgs.py", *OPTIONS, *map(str, options)]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.fixture(scope="module")
-def alone(root, tmp_path_factory):
-    """The folder of a run in one process, of as many threads as a given number of processes get each."""
+def alone(square_root, tmp_path_factory):
+    """The folder of a run in one process, of as many threads as each of `count` gets."""
     folders = {}
 
-    def run(count, rounds=2):
-        which = threads, rounds = max(1, available_cores() // count), rounds
+    def run_alone(count, rounds=2):
+        which = max(1, available_cores() // count), rounds
         if which not in folders:
-            before, folders[which] = torch.get_num_threads(), tmp_path_factory.mktemp("alone") / "run"
-            torch.set_num_threads(threads)
-            assert fedgs.main([*OPTIONS, "--data-root", str(root), "--rounds", str(rounds), "--out", str(folders[which])]) == 0
+            folder = tmp_path_factory.mktemp("alone") / "run"
+            before = torch.get_num_threads()
+            torch.set_num_threads(which[0])
+            where = ["--data-root", square_root, "--out", folder]
+            arguments = [*OPTIONS, *where, "--rounds", rounds, "--workers", 1]
+            assert exit_code(fedgs.main, arguments) == 0
             torch.set_num_threads(before)
+            folders[which] = folder
         return folders[which]
 
-    return run
+    return run_alone
 
 
 def assert_equal_runs(one, other):
-    """Weights of the last and the best round, and every file of numbers but for the time that they took."""
+    """Weights of the last and the best round, and every table but for the time that it took."""
     for name in ("last", "best", "best_small"):
-        states = [torch.load(folder / f"{name}.pt", weights_only=True) for folder in (one, other)]
-        assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in states), strict=True))
-    for name in ("scores.csv", "lesions.csv", "rounds.csv"):
-        tables = []
-        for folder in (one, other):
-            with (folder / name).open(newline="") as file:
-                tables.append([{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)])
-        assert tables[0] == tables[1] and tables[0]
-
-
-def test_five_processes_are_one(root, alone, tmp_path):
-    run = torchrun(5, "--data-root", root, "--out", tmp_path / "run")
-    out, err = run.communicate(timeout=300)
-    assert run.returncode == 0, err
-    assert out.count("round   2/2") == 1 and "process 0: C3; process 1: C2; process 2: C1; process 3: C4; process 4: C5 (" in out
-    assert "fedgs.py" not in err and "\r" not in err  # no bars where there is no terminal
-    assert_equal_runs(alone(5), tmp_path / "run")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the process to kill in /proc")
-def test_a_process_that_dies_ends_the_run_which_can_go_on(root, alone, tmp_path):
-    folder = tmp_path / "run"
-    run = torchrun(2, "--data-root", root, "--out", folder, "--rounds", 1000)
-    deadline = time.monotonic() + 120
-    while not (folder / "resume.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    [victim] = [pid for pid in children(run.pid) if b"\0RANK=1\0" in environment(pid)]
-    os.kill(victim, signal.SIGKILL)
-    _, err = run.communicate(timeout=120)
-    assert run.returncode != 0 and "fedgs.py: error: process 0 of 2 " in err and "--resume goes on" in err
-    done = torch.load(folder / "resume.pt", weights_only=True)["history"]
-    assert 1 <= len(done) < 1000
-    rounds = max(2, len(done) + 1)
-    run = torchrun(2, "--data-root", root, "--out", folder, "--rounds", rounds, "--resume")
-    _, err = run.communicate(timeout=300)
-    assert run.returncode == 0, err
-    assert_equal_runs(alone(2, rounds), folder)
+        assert_same_weights(one / f"{name}.pt", other / f"{name}.pt")
+    for name in ("scores.csv", "rounds.csv"):
+        table = without_time(one / name)
+        assert table
+        assert table == without_time(other / name)
 
 
 def children(pid):
     """Processes that this one started."""
+    found = []
     for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                with open(f"/proc/{entry}/stat") as file:
-                    parent = int(file.read().rpartition(")")[2].split()[1])
-            except OSError:
-                continue  # gone
-            if parent == pid:
-                yield int(entry)
+        if not entry.isdigit():
+            continue
+        try:
+            with open(f"/proc/{entry}/stat") as file:
+                parent = int(file.read().rpartition(")")[2].split()[1])
+        except OSError:
+            continue  # gone
+        if parent == pid:
+            found.append(int(entry))
+    return found
+
+
+def command_line(pid):
+    with open(f"/proc/{pid}/cmdline", "rb") as file:
+        return file.read()
 
 
 def environment(pid):
@@ -125,41 +97,219 @@ def environment(pid):
         return b"\0" + file.read()
 
 
-def test_an_error_of_one_process_is_everyones(root, tmp_path):
+def workers_of(pid):
+    """The processes that serve a run: multiprocessing starts a tracker beside them."""
+    return [child for child in children(pid) if b"spawn_main" in command_line(child)]
+
+
+def wait_for(condition, seconds=120):
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+# ---------------------------------------------------------------------------------- equal results
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_workers_are_one_process(square_root, alone, tmp_path, count):
+    run = start("--data-root", square_root, "--out", tmp_path / "run", "--workers", count)
+    out, error = run.communicate(timeout=300)
+    assert run.returncode == 0, error
+    assert error == ""  # no bars where there is no terminal
+    assert out.count("round   2/2") == 1
+    assert_equal_runs(alone(count), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_are_one(square_root, alone, tmp_path):
+    run = start("--data-root", square_root, "--out", tmp_path / "run", torchrun=5)
+    out, error = run.communicate(timeout=300)
+    assert run.returncode == 0, error
+    assert out.count("round   2/2") == 1
+    assert "process 0: C3; process 1: C2; process 2: C1; process 3: C4; process 4: C5)" in out
+    assert "fedgs.py" not in error
+    assert "\r" not in error
+    assert_equal_runs(alone(5), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_workers_share_a_disentangled_run_on_volumes(cache, tmp_path):
+    """One channel, noise for codes, a stand-in that each process draws for itself."""
+    options = ["--dataset", "lits", "--data-root", "stand-in", "--model", "sd-utnet"]
+    options += ["--rounds", "1", "--cache", cache / "lits", "--batch-size", "8"]
+    folders = []
+    for count in (2, 1):
+        folders.append(tmp_path / str(count))
+        threads = max(1, available_cores() // 2) if count == 2 else 1
+        run = start(*options, "--out", folders[-1], "--workers", count)
+        _, error = run.communicate(timeout=300)
+        assert run.returncode == 0, error
+        if threads > 1:
+            pytest.skip("this machine gives each of two processes several threads")
+    assert_equal_runs(*folders)
+
+
+# --------------------------------------------------------------------------------- ends and errors
+
+
+@on_linux
+@pytest.mark.slow
+@pytest.mark.parametrize("torchrun", [0, 2])
+def test_a_process_that_dies_ends_the_run_which_can_go_on(square_root, alone, tmp_path, torchrun):
+    folder = tmp_path / "run"
+    where = ["--data-root", square_root, "--out", folder]
+    workers = [] if torchrun else ["--workers", 2]
+    run = start(*where, *workers, "--rounds", 1000, torchrun=torchrun)
+    wait_for((folder / "resume.pt").exists)
+    if torchrun:
+        [victim] = [pid for pid in children(run.pid) if b"\0RANK=1\0" in environment(pid)]
+    else:
+        [victim] = workers_of(run.pid)
+    os.kill(victim, signal.SIGKILL)
+    _, error = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert error.count("fedgs.py: error: ") == 1
+    assert "--resume goes on" in error
+
+    done = torch.load(folder / "resume.pt", weights_only=True)["history"]
+    assert 1 <= len(done) < 1000
+    rounds = max(2, len(done) + 1)
+    run = start(*where, *workers, "--rounds", rounds, "--resume", torchrun=torchrun)
+    _, error = run.communicate(timeout=300)
+    assert run.returncode == 0, error
+    assert_equal_runs(alone(2, rounds), folder)
+
+
+@on_linux
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_no_worker_outlives_its_run(square_root, tmp_path, how):
+    folder = tmp_path / "run"
+    options = ["--data-root", square_root, "--out", folder, "--rounds", 1000, "--workers", 2]
+    run = start(*options)
+    wait_for((folder / "resume.pt").exists)
+    [worker] = workers_of(run.pid)
+    run.send_signal(how)
+    _, error = run.communicate(timeout=60)
+    codes = {signal.SIGTERM: 2, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
+    assert run.returncode == codes[how]
+    if how != signal.SIGKILL:
+        assert error.startswith(("fedgs.py: error: stopped by SIGTERM", "fedgs.py: interrupted"))
+        assert "--resume" in error
+        assert error.count("\n") == 1
+    wait_for(lambda: not os.path.exists(f"/proc/{worker}"), 20)
+
+
+@pytest.mark.parametrize("torchrun", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_error_of_one_process_is_everyones(square_root, tmp_path, torchrun):
     """A damaged image of a centre that process 1 holds: one message, before anything is written."""
-    shutil.copytree(root, tmp_path / "frames")
-    damaged = tmp_path / "frames" / "data_C2" / "images_C2" / "03.jpg"
+    root = tmp_path / "frames"
+    shutil.copytree(square_root, root)
+    damaged = root / "data_C2" / "images_C2" / "03.jpg"
     damaged.write_bytes(damaged.read_bytes()[:200])
-    run = torchrun(2, "--data-root", tmp_path / "frames", "--out", tmp_path / "run")
-    _, err = run.communicate(timeout=120)
-    assert run.returncode != 0 and err.count("fedgs.py: error: ") == 1 and f"cannot read {damaged}" in err
+    workers = [] if torchrun else ["--workers", 2]
+    run = start("--data-root", root, "--out", tmp_path / "run", *workers, torchrun=torchrun)
+    _, error = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert error.count("fedgs.py: error: ") == 1
+    assert f"cannot read {damaged}" in error
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("clients, count, expected", [
-    ({1: 204, 2: 240, 3: 365, 4: 181, 5: 166}, 2, {1: 1, 2: 1, 3: 0, 4: 0, 5: 1}),  # 546 and 610
-    ({1: 5, 2: 5, 3: 5}, 3, {1: 0, 2: 1, 3: 2}),
-    ({1: 5, 2: 9}, 1, {1: 0, 2: 0}),
-])
-def test_clients_are_spread_by_size(clients, count, expected):
-    processes = Processes()
-    processes.count = count
-    here = processes.spread(clients)
-    assert processes.owners == expected and list(processes.owners) == list(clients)
-    assert here == [k for k, owner in expected.items() if owner == 0]
+@on_linux
+def test_nothing_listens_where_other_users_could_connect(square_root, tmp_path):
+    """Parent and worker share a pipe without a name, and no process waits for connections."""
+    folder = tmp_path / "run"
+    options = ["--data-root", square_root, "--out", folder, "--rounds", 1000, "--workers", 2]
+    run = start(*options)
+    try:
+        wait_for((folder / "resume.pt").exists)
+        for pid in (run.pid, *workers_of(run.pid)):
+            assert not listening(pid)
+    finally:
+        run.kill()
+        run.communicate()
 
 
-def test_more_processes_than_clients():
-    processes = Processes()
-    processes.count = 3
-    with pytest.raises(RunError, match="--nproc-per-node 3: there are 2 clients"):
-        processes.spread({1: 5, 2: 9})
+def listening(pid):
+    """Sockets on which a process waits for connections: TCP ones, and Unix ones with a name."""
+    held = set()
+    for descriptor in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            held.add(os.readlink(f"/proc/{pid}/fd/{descriptor}"))
+        except OSError:
+            continue  # closed since
+    found = []
+    for kind in ("tcp", "tcp6"):
+        with open(f"/proc/{pid}/net/{kind}") as file:
+            for line in file.readlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and f"socket:[{fields[9]}]" in held:
+                    found.append(line)
+    with open(f"/proc/{pid}/net/unix") as file:
+        for line in file.readlines()[1:]:
+            fields = line.split()
+            if f"socket:[{fields[6]}]" in held and len(fields) > 7:
+                found.append(line)
+    return found
 
 
-def test_a_process_loads_its_own_centres_alone(root):
+# ----------------------------------------------------------------------------------- who does what
+
+
+@pytest.mark.parametrize(
+    ("clients", "count", "expected"),
+    [
+        # 546 and 610 images
+        (
+            {"C1": 204, "C2": 240, "C3": 365, "C4": 181, "C5": 166},
+            2,
+            {"C1": 1, "C2": 1, "C3": 0, "C4": 0, "C5": 1},
+        ),
+        ({"C1": 5, "C2": 5, "C3": 5}, 3, {"C1": 0, "C2": 1, "C3": 2}),
+        ({"C1": 5, "C2": 9}, 1, {"C1": 0, "C2": 0}),
+    ],
+)
+def test_clients_are_shared_out_by_size(clients, count, expected):
+    owners = processes.share_out(clients, count)
+    assert owners == expected
+    assert list(owners) == list(clients)
+
+
+def test_how_many_workers(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(processes.hardware, "available_cores", lambda: 4)
+    assert processes.choose_workers("auto", 5, cpu) == 4
+    assert processes.choose_workers("auto", 3, cpu) == 3
+    assert processes.choose_workers("auto", 5, torch.device("cuda")) == 1
+    assert processes.choose_workers("2", 5, torch.device("cuda")) == 2
+    assert processes.threads_of_each(3) == 1
+    assert processes.threads_of_each(2) == 2
+    with pytest.raises(UserError, match="--workers 3: there are 2 clients"):
+        processes.choose_workers("3", 2, cpu)
+
+
+def test_torchruns_number_counts(monkeypatch):
+    monkeypatch.setattr(processes, "under_torchrun", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert processes.choose_workers("auto", 5, torch.device("cpu")) == 3
+    with pytest.raises(UserError, match="--nproc-per-node 3: there are 2 clients"):
+        processes.choose_workers("auto", 2, torch.device("cpu"))
+
+
+def test_a_process_loads_its_own_centres_alone(square_root):
     """The parts' facts together are the whole's, their images are the whole's of these centres."""
-    whole, first, second = (data.polypgen(root, (3, 4, 5), 5, size=32, here=here) for here in (None, [3], [4, 5]))
-    assert list(first.train) == [3] and list(second.train) == [4] and first.out_test is None
-    assert {**first.facts, **second.facts} == whole.facts and list(whole.facts) == [3, 4, 5]
-    assert torch.equal(second.train[4].images, whole.train[4].images)
+    how = {"centres": ("C3", "C4", "C5"), "out_centre": "C5", "size": 32, "tau": 150}
+    how["split"] = "fold"
+    whole = data.load("polypgen", square_root, **how)
+    first = data.load("polypgen", square_root, **how, only=["C3"])
+    second = data.load("polypgen", square_root, **how, only=["C4", "C5"])
+    assert list(first.train) == ["C3"]
+    assert list(second.train) == ["C4"]
+    assert first.out_test is None
+    assert {**first.facts, **second.facts} == whole.facts
+    assert list(whole.facts) == ["C3", "C4", "C5"]
+    assert torch.equal(second.train["C4"].images, whole.train["C4"].images)
     assert torch.equal(second.out_test.images, whole.out_test.images)

@@ -1,0 +1,47 @@
+"""The one error class for people, and how a program ends with one line instead of a traceback."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+
+class UserError(ValueError):
+    """Something a person can put right. The message says what was wrong, where, and what to do."""
+
+
+@contextlib.contextmanager
+def readable_errors(program: str, interrupted: str = "") -> Iterator[None]:
+    """End the program with one line on stderr: exit code 2 for an error, 130 when interrupted.
+
+    interrupted says what to do next. Errors of other kinds are faults of this program, and keep
+    their traceback.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        end(program, f"interrupted; {interrupted or 'what was written stays'}", 130)
+    except Exception as error:
+        if not for_people(error):
+            raise
+        end(program, f"error: {for_people(error)}", 2)
+
+
+def for_people(error: Exception) -> str:
+    """What to tell a person of an error; empty for a fault of this program."""
+    if isinstance(error, UserError | OSError):
+        return str(error)
+    if isinstance(error, MemoryError) or is_out_of_memory(error):
+        return "out of memory: choose a smaller --batch-size, --image-size or --width"
+    return ""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Torch says so with a RuntimeError, on a GPU with one of its own class."""
+    name = type(error).__name__
+    return name == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def end(program: str, message: str, code: int) -> None:
+    """One line on stderr, and the exit code."""
+    print(f"{program}: {message}", file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,84 @@
+"""Files that are written whole or not at all, and the text formats of a run's tables."""
+
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from support.errors import UserError
+
+TEMPORARY = ".tmp-"  # how the name of a file begins until it is whole
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new file beside `path` that takes its place when the block ends well.
+
+    The new file has the same suffixes, since some writers choose a format by them. If the block
+    fails or is interrupted, the new file is removed and `path` stays as it was. Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        yield new
+
+        # The content has to be on the disk before the name is: a power cut in between would
+        # otherwise leave an empty file in the place of a good one.
+        with new.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether this is what `replacing` leaves behind when it is killed."""
+    return path.name.startswith(TEMPORARY)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all. Raises OSError."""
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+def to_csv(rows: Sequence[dict]) -> str:
+    """Dictionaries with equal keys as CSV text with a header."""
+    text = io.StringIO()
+    names = list(rows[0]) if rows else []
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def to_json(value: dict) -> str:
+    """JSON text. NaN, for which JSON has no word, becomes null."""
+
+    def without_nan(x):
+        if isinstance(x, dict):
+            return {key: without_nan(item) for key, item in x.items()}
+        if isinstance(x, float) and math.isnan(x):
+            return None
+        return x
+
+    return json.dumps(without_nan(value), indent=2) + "\n"
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a CSV file. Raises UserError for another kind of file and for missing columns."""
+    try:
+        # Spreadsheets begin a UTF-8 file with a byte order mark.
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+    for row in rows:
+        if any(row.get(column) is None for column in columns):
+            raise UserError(f"{path}: every row needs the columns {', '.join(columns)}")
+    return rows

@@ -1,0 +1,254 @@
+"""Options: fields of a dataclass that are also arguments of a command, and their checks.
+
+A field says everything about its option: default, help, choices, and in `metadata`
+
+    free   it may change when a run goes on, since it decides where and how long a run computes
+    place  it may also change when a trained network is tested: which images, in which arithmetic
+    path   it is a path of this machine, and stays out of checkpoints
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, Field, field, fields
+from typing import Any, NoReturn
+
+from support.errors import UserError
+
+# Help texts that take more than a line, and long lists of choices.
+PRESET_HELP = "values for other options; auto: paper with real data and a GPU, else quick"
+SPLIT_HELP = (
+    "each client's train, validation and test images: five folds (the published ones for "
+    "PolypGen, of volumes for LiTS), the published per-centre split, or folds that keep "
+    "near-duplicate frames together"
+)
+PRECISIONS = ("auto", "fp32", "bf16")
+PRECISION_HELP = (
+    "of forward and backward in training, the rest is float32; auto: fp32 on a CPU, bf16 on a GPU "
+    "that computes in it"
+)
+KERNELS = ("auto", "cuda", "cpp", "torch")
+KERNELS_HELP = (
+    "what computes difficulty, step and aggregation: compiled code for the device, or the PyTorch "
+    "lines that define them; auto: compiled code if it is here"
+)
+WORKERS_HELP = (
+    "processes of this machine that share the clients; auto: on a CPU one for each core, on a GPU "
+    "one for all"
+)
+DATA_ROOT_HELP = (
+    "folder of the data set, or stand-in for drawn images; default: datasets/<dataset> if it is "
+    "there, else the stand-in"
+)
+OUT_HELP = "folder of the run; default: runs/<dataset>-<method>-<model>-<fold>-s<seed>"
+
+MOVED = {  # an option that was here once -> what to type now
+    "--predict": "python -m tools.predict --checkpoint FILE --out FOLDER PATH…",
+    "--evaluate": "python -m tools.evaluate CHECKPOINT",
+    "--checkpoint": "python -m tools.evaluate CHECKPOINT, or python -m tools.predict --help",
+    "--nsd-tolerance": "python -m tools.evaluate CHECKPOINT --surfaces MM",
+    "--methods": "python -m tools.experiment --methods …",
+    "--folds": "python -m tools.experiment --folds …",
+    "--seeds": "python -m tools.experiment --seeds …",
+}
+
+
+def option(default: object, help: str, **metadata: object) -> Any:
+    """A field of a configuration that is also an option of the command line."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def flagged(config: object, flag: str) -> set[str]:
+    """Names of a configuration's fields with this flag in their metadata."""
+    return {f.name for f in fields(config) if f.metadata.get(flag)}
+
+
+def spelling(name: str) -> str:
+    """A field's name as its option is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def shown(value: object) -> str:
+    """An option's value as it is typed."""
+    if isinstance(value, list | tuple):
+        return " ".join(str(item) for item in value)
+    return str(value)
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+class Parser(argparse.ArgumentParser):
+    """An error on the command line is like every other one: a UserError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def new_parser(description: str, prog: str | None = None) -> Parser:
+    """A parser that returns only what was given, and takes no abbreviations."""
+    return Parser(
+        prog=prog,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+
+
+def add_options(
+    parser: argparse.ArgumentParser,
+    config: type,
+    names: Collection[str] = (),
+    other_defaults: Mapping[str, Mapping[str, object]] | None = None,
+) -> None:
+    """Add an option for each field of a configuration, or for those of these names.
+
+    other_defaults: {"lits": {field: value}, …} are shown beside the defaults.
+    """
+    for f in fields(config):
+        if not names or f.name in names:
+            parser.add_argument(spelling(f.name), **argument(f, other_defaults or {}))
+
+
+def argument(f: Field, other_defaults: Mapping[str, Mapping[str, object]]) -> dict:
+    """What argparse has to know of a field."""
+    help_text = f.metadata["help"]
+    if isinstance(f.default, bool):
+        return {"action": "store_true", "help": help_text}
+
+    defaults = [shown(f.default)] if shown(f.default) else []
+    for name, values in other_defaults.items():
+        if f.name in values:
+            defaults.append(f"{name} {shown(values[f.name])}")
+    if defaults:
+        help_text += f" ({', '.join(defaults)})"
+
+    how = {"help": help_text, "choices": f.metadata.get("choices")}
+    if isinstance(f.default, tuple):
+        return {**how, "nargs": "+", "type": str}
+    return {**how, "type": type(f.default)}
+
+
+def parse(
+    config: type,
+    description: str,
+    arguments: list[str] | None,
+    other_defaults: Mapping[str, Mapping[str, object]],
+) -> dict[str, Any]:
+    """The command line of a training run. -> {field: value} of the options that were given
+
+    Raises UserError for what is no option, and says of a moved one what to type now.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    refuse_moved(arguments)
+
+    parser = new_parser(description)
+    add_options(parser, config, other_defaults=other_defaults)
+    return vars(parser.parse_args(arguments))
+
+
+def refuse_moved(arguments: list[str]) -> None:
+    """Raise UserError for an option that is another command's now."""
+    for given in arguments:
+        name = given.partition("=")[0]
+        if name in MOVED:
+            raise UserError(f"{name} has moved: {MOVED[name]}")
+
+    for name in ("--method", "--fold", "--seed"):
+        if name not in arguments:
+            continue
+        following = arguments[arguments.index(name) + 2 :]
+        if following and not following[0].startswith("--"):
+            raise UserError(f"{name} takes one value here; several: {MOVED[name + 's']}")
+
+
+def to_arguments(config: object) -> list[str]:
+    """The command line that gives this configuration: every option that is not at its default."""
+    arguments = []
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if value == f.default:
+            continue
+        arguments.append(spelling(f.name))
+        if isinstance(value, tuple):
+            arguments.extend(value)
+        elif not isinstance(value, bool):
+            arguments.append(repr(value) if isinstance(value, float) else str(value))
+    return arguments
+
+
+# ------------------------------------------------------------------------------------------ checks
+
+
+def check(config: Any, known_centres: Collection[str]) -> None:
+    """Raise UserError, naming the option, for values that no run can use."""
+
+    def require(condition: bool, name: str, rule: str) -> None:
+        if not condition:
+            raise UserError(f"{spelling(name)} {shown(getattr(config, name))}: {rule}")
+
+    for name in ("rounds", "local_epochs", "batch_size", "width"):
+        require(getattr(config, name) >= 1, name, "must be at least 1")
+    for name in ("lr", "server_lr", "tau"):
+        require(0 < getattr(config, name) <= 1e6, name, "must be above 0, and at most 1e6")
+    require(1 < config.log_base < math.inf, "log_base", "must be a number above 1")
+    require(0 <= config.server_momentum < 1, "server_momentum", "must be in [0, 1)")
+    require(0 <= config.seed < 2**63, "seed", "must be in [0, 2^63)")
+    require(config.fold in range(1, 6), "fold", "must be 1, 2, 3, 4 or 5")
+
+    # The networks halve their input four times, and batch norm needs more than one value.
+    size = config.image_size
+    require(size >= 16 and size % 16 == 0, "image_size", "must be a multiple of 16")
+    enough = config.batch_size > 1 or size > 16
+    require(enough, "batch_size", "too small for batch norm at image size 16")
+    if config.model == "sd-utnet":
+        require(config.batch_size > 1, "batch_size", "sd-utnet needs two images or more")
+        require(config.width > 1, "width", "sd-utnet needs 2 or more")
+
+    centres = config.centres
+    known = shown(tuple(known_centres))
+    require(set(centres) <= set(known_centres), "centres", f"must be among {known}")
+    require(len(set(centres)) == len(centres), "centres", "names a centre twice")
+    require(config.out_centre in centres, "out_centre", "must be among --centres")
+    require(len(centres) > 1, "centres", "leaves no client beside the held-out centre")
+
+    if config.split == "grouped":
+        by_volume = "LiTS is split by volume anyway: fold or centre"
+        require(config.dataset == "polypgen", "split", by_volume)
+    if config.split == "centre":
+        require(config.fold == 1, "fold", "--split centre has no folds, choose --split fold")
+
+    workers = config.workers
+    count = workers.isascii() and workers.isdigit() and int(workers) >= 1
+    require(workers == "auto" or count, "workers", "must be auto, or a number of processes")
+
+
+def check_sizes(config: Any, facts: Mapping[str, Any]) -> None:
+    """Raise UserError where a client has too few images, or there are none to validate on.
+
+    facts: {centre: data.Facts}
+    """
+    for client in config.clients:
+        images = facts[client].train
+        if images < config.batch_size:
+            size = f"--batch-size {config.batch_size}"
+            raise UserError(f"centre {client} has {images} training images, less than {size}")
+
+    if not any(facts[client].validation for client in config.clients):
+        raise UserError(
+            f"--split {config.split} leaves no validation images: the centres have too few images"
+        )
+
+
+def plausible(f: Field, value: object) -> bool:
+    """Whether a field may have this value, as far as its type and its choices say."""
+    if f.default is MISSING:
+        return True
+    if isinstance(f.default, tuple):
+        return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+    if isinstance(f.default, float):
+        return type(value) in (int, float)
+    choices = f.metadata.get("choices")
+    return type(value) is type(f.default) and (choices is None or value in choices)

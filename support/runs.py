@@ -1,0 +1,337 @@
+"""A run's folder: what it leaves, exact resume, and what its first lines say.
+
+Files are written whole or not at all. resume.pt comes last in a round, results.json last of all:
+until they are there, the round or the run has not ended.
+"""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import metrics
+from support import checkpoints, hardware, options, pictures
+from support.errors import UserError
+from support.files import is_temporary, to_csv, to_json, write_text
+
+BEST = {  # checkpoint -> the validation measure in which its round is best
+    "best": "dice",
+    "best_small": "dice_s",
+}
+
+
+def part_name(config: Any) -> str:
+    """Which of the possible splits a run uses, for titles and names: f1 … f5, or centre."""
+    return "centre" if config.split == "centre" else f"f{config.fold}"
+
+
+def run_name(config: Any) -> str:
+    """What a run is called: its title, and its folder where none is given."""
+    method = config.label or config.method
+    return f"{config.dataset}-{method}-{config.model}-{part_name(config)}-s{config.seed}"
+
+
+class Folder:
+    """Where a run keeps its files."""
+
+    def __init__(self, config: Any):
+        self.config = config
+        self.path = Path(config.out) if config.out else Path("runs") / run_name(config)
+        self.best = {}  # {checkpoint: {"round", "score"}}
+
+    # ------------------------------------------------------------------------- before a run begins
+
+    def check(self, record: dict) -> None:
+        """Raise UserError where the folder cannot be used without touching another run's results.
+
+        record: {"config": …}, and once the data are known also {"data": …}.
+        """
+        earlier = self.path / "config.json"
+        if not (self.config.resume and earlier.exists()):
+            hint = "continue its run with --resume, or " if earlier.exists() else ""
+            check_empty(self.path, hint)
+            return
+
+        check_same(earlier, record, self.config)
+        resume = self.path / "resume.pt"
+        if not resume.exists() and (self.path / "results.json").exists():
+            raise UserError(f"{resume} is missing, so its run cannot go on: choose another --out")
+
+    def claim(self, record: dict) -> None:
+        """Write config.json: from here on the folder is this run's."""
+        write_text(self.path / "config.json", to_json(record))
+
+    def load_progress(self, server: Any) -> list[dict]:
+        """Take up a run where resume.pt left it. -> its rounds so far: none for a new run"""
+        path = self.path / "resume.pt"
+        if not (self.config.resume and path.exists()):
+            return []
+
+        saved = checkpoints.read(path)
+        device = server.velocity.device
+        try:
+            state = type(server.state)._make(x.to(device) for x in saved["state"])
+            velocity = saved["velocity"].to(device)
+            history = list(saved["history"])
+            best = {name: dict(saved["best"][name]) for name in BEST}
+            rounds = [row["round"] for row in history]
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is not the state of a run ({error!r})") from error
+
+        shapes = [x.shape for x in (*state, velocity)]
+        fits = shapes == [x.shape for x in (*server.state, server.velocity)]
+        complete = rounds == list(range(1, len(history) + 1))
+        if not (fits and complete):
+            raise UserError(
+                f"{path} is of another network than {self.config.model} of width "
+                f"{self.config.width}, or of no whole run"
+            )
+        if len(history) > self.config.rounds:
+            raise UserError(
+                f"--rounds {self.config.rounds}: the run in {self.path} has {len(history)} "
+                "rounds already"
+            )
+
+        server.state = state
+        server.velocity = velocity
+        server.round = len(history)
+        self.best = best
+        return history
+
+    # ------------------------------------------------------------------------- while it goes on
+
+    def save_round(
+        self, server: Any, weights: dict, history: Sequence[dict], validation: dict
+    ) -> None:
+        """Write what a round leaves. weights: the network's state dict after it."""
+        for name, measure in BEST.items():
+            # Where no validation image is small, Dice decides about best_small, too.
+            if not validation[measure]["n"]:
+                measure = "dice"
+            score = validation[measure]["mean"]
+
+            # Of equal rounds the earlier one stays.
+            if name not in self.best or score > self.best[name]["score"]:
+                self.best[name] = {"round": len(history), "score": score}
+                checkpoints.save(self.path / f"{name}.pt", weights)
+
+        checkpoints.save(self.path / "last.pt", weights)
+        write_text(self.path / "rounds.csv", to_csv(history))
+        progress = {
+            "state": tuple(server.state),
+            "velocity": server.velocity,
+            "history": list(history),
+            "best": self.best,
+        }
+        checkpoints.save(self.path / "resume.pt", progress)
+
+    def save_results(self, results: dict, scores: list[dict], figures: Mapping[str, Any]) -> None:
+        """Write the tables and pictures of the final test."""
+        (self.path / "results.json").unlink(missing_ok=True)
+        write_text(self.path / "scores.csv", to_csv(scores))
+        for name, figure in figures.items():
+            pictures.save_figure(self.path / name, figure)
+        write_text(self.path / "results.json", to_json(results))
+        print(
+            f"\nin {self.path}: tables (.csv), results.json, {', '.join(figures)}, networks (.pt)"
+        )
+
+
+def check_empty(folder: Path, hint: str = "") -> None:
+    """Raise UserError where there is something in the folder that a run might overwrite."""
+    if not folder.exists():
+        return
+    for item in folder.iterdir():
+        if item.name != "config.json" and not is_temporary(item):
+            raise UserError(f"{folder} is not empty: {hint}choose another --out")
+
+
+def check_same(path: Path, record: dict, config: Any) -> dict:
+    """Raise UserError where a JSON file tells of another run, or is damaged. -> its content
+
+    Options that may change when a run goes on are no part of which run it is.
+    """
+    free = options.flagged(config, "free")
+    changed = []
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        now = json.loads(to_json(record))
+        for section in ("config", "data"):
+            for name, value in now.get(section, {}).items():
+                old = earlier[section].get(name)
+                if name not in free and old != value:
+                    changed.append(f"{name} {options.shown(old)}, now {options.shown(value)}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}): choose another --out") from error
+
+    if changed:
+        raise UserError(
+            f"{path.parent} holds another run ({', '.join(changed)}): give its options, or choose "
+            "another --out"
+        )
+    return earlier
+
+
+def is_complete(folder: Folder) -> bool:
+    """Whether all results of this run are in its folder. Raises UserError for another run's."""
+    path = folder.path / "results.json"
+    if not (path.exists() and (folder.path / "scores.csv").exists()):
+        return False
+    earlier = check_same(path, {"config": asdict(folder.config)}, folder.config)
+    return earlier["config"].get("rounds") == folder.config.rounds
+
+
+# ---------------------------------------------------------------------------- rounds and results
+
+
+def round_row(
+    round_: int, logs: Sequence[Any], validation: dict, seconds: float, source: str
+) -> dict[str, Any]:
+    """One row of rounds.csv: what each client's round was like, validation, time."""
+    steps = sum(log.steps for log in logs)
+
+    def over_steps(values: Sequence[float]) -> float:
+        weighted = [log.steps * value for log, value in zip(logs, values, strict=True)]
+        return sum(weighted) / steps
+
+    row = {"round": round_}
+    for log in logs:
+        row[f"loss_{log.client}"] = log.loss
+    for name in logs[0].terms:
+        row[f"term_{name}"] = over_steps([log.terms[name] for log in logs])
+    row["eta"] = over_steps([log.eta for log in logs])
+    row["scaled_steps"] = over_steps([log.scaled for log in logs])
+    for log in logs:
+        row[f"update_norm_{log.client}"] = log.update_norm
+    for measure in ("dice", "dice_s", "dice_l"):
+        row[measure] = validation[measure]["mean"]
+    row["seconds"] = round(seconds, 3)
+    row["data"] = source
+    return row
+
+
+def describe_round(row: dict[str, Any], rounds: int) -> str:
+    """The line that a round leaves on the terminal."""
+    losses = [value for name, value in row.items() if name.startswith("loss_")]
+    return (
+        f"round {row['round']:>3}/{rounds}   loss {np.mean(losses):.3f}   η {row['eta']:.3f}   "
+        f"validation: Dice {row['dice']:.3f}   Dice_S {row['dice_s']:.3f}   "
+        f"Dice_L {row['dice_l']:.3f}   ({row['seconds']:.1f} s)"
+    )
+
+
+def summarise_tests(tests: Sequence[Any], round_: int | None) -> dict[str, Any]:
+    """What results.json says of one checkpoint: measures with their counts, by split and centre.
+
+    tests: fedgs.CentreTest of each centre.
+    """
+    summary = {"round": round_}
+    for split in ("in_test", "out_test"):
+        tallies = {test.centre: test.tally for test in tests if test.split == split}
+        by_centre = {centre: metrics.means(tally) for centre, tally in tallies.items()}
+        summary[split] = metrics.means(sum(tallies.values()))
+        summary[f"{split}_by_centre"] = by_centre
+    return summary
+
+
+def score_table(checkpoint: str, tests: Sequence[Any]) -> list[dict]:
+    """The rows of scores.csv for one checkpoint, an image each."""
+    rows = []
+    for test in tests:
+        rows.extend({"checkpoint": checkpoint, **row} for row in test.scores)
+    return rows
+
+
+def count_rounds(history: Sequence[dict]) -> dict[str, float]:
+    """How many rounds there were, and how long they took."""
+    return {"rounds": len(history), "seconds": sum(row["seconds"] for row in history)}
+
+
+# ---------------------------------------------------------------------------- which run this is
+
+
+def title(config: Any, federation: Any) -> str:
+    """What the tables and pictures of a run are headed by."""
+    return f"{run_name(config)} on {federation.source}"
+
+
+def describe_run(config: Any, clients: Any, version: str) -> dict:
+    """What config.json says: options, data with a fingerprint of every image, versions."""
+    federation = clients.federation
+    return {
+        "config": asdict(config),
+        "data": {
+            "source": federation.source,
+            "notes": federation.notes,
+            "images": count_images(federation),
+            "fingerprint": federation.fingerprint,
+        },
+        "hardware": describe_hardware(config, clients),
+        "versions": {
+            "fedgs": version,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+    }
+
+
+def describe_weights(config: Any, source: str, round_: int, version: str) -> dict:
+    """What travels with a checkpoint. No path of this machine does."""
+    no_paths = dict.fromkeys(options.flagged(config, "path"), "")
+    return {
+        "version": version,
+        "data": source,
+        "round": round_,
+        "config": {**asdict(config), **no_paths},
+    }
+
+
+def describe_hardware(config: Any, clients: Any) -> str:
+    """Device, processes, arithmetic and kernels of a run."""
+    device = clients.flat.parameters.device
+    _, which_kernels = hardware.compiled_kernels(config.kernels, device)
+    precision = hardware.describe_precision(config.precision, device)
+    where = hardware.describe_device(device)
+    if hasattr(clients, "placement"):
+        where += clients.placement
+    return f"{where}; {precision}; kernels: {which_kernels}"
+
+
+def count_images(federation: Any) -> dict[str, str]:
+    """{centre: its numbers of images}, for the header and config.json."""
+    numbers = {}
+    for centre, facts in federation.facts.items():
+        if centre == federation.out_centre:
+            numbers[f"{centre} (held out)"] = str(facts.test)
+        else:
+            numbers[centre] = f"{facts.train} + {facts.validation} + {facts.test}"
+    return numbers
+
+
+def header(config: Any, clients: Any, why: str, folder: Folder) -> str:
+    """The first lines of a run: what was chosen, why (the preset), and how to change it."""
+    federation = clients.federation
+    size = clients.flat.parameters.numel()
+    images = [f"{name} {numbers}" for name, numbers in count_images(federation).items()]
+    data = [f"{federation.source}, {federation.place}", *federation.notes]
+    steps = f"{config.rounds} rounds x {config.local_epochs} epochs, batch {config.batch_size}"
+    rates = f"lr {config.lr:g}, server lr {config.server_lr:g}"
+
+    lines = {
+        "method": f"{config.method} with {config.model} of width {config.width}, {size:,} "
+        "parameters",
+        "data": "; ".join(data),
+        "images": f"{', '.join(images)} (train + validation + test)",
+        "preset": f"{config.preset} ({why}); --preset paper or quick, and any option, override it",
+        "training": f"{steps}, {config.image_size}x{config.image_size}, {rates}, seed "
+        f"{config.seed}",
+        "hardware": describe_hardware(config, clients),
+        "folder": str(folder.path),
+    }
+    return "\n".join(f"{name:<9}{text}" for name, text in lines.items())

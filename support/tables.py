@@ -1,0 +1,105 @@
+"""Tables: a run's results, one row of numbers for every test image, and rows of cells as text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from metrics import MEASURES, Evaluation, lesion_dice
+
+
+def results_table(results: Mapping[str, Mapping]) -> str:
+    """The final table of a run: a row for each measure, a pair of columns for each checkpoint.
+
+    results: {checkpoint: {"round": int or None, "in_test": means, "out_test": means}}, means as
+    from metrics.means. A cell is a mean and its count. A measure that nothing was counted for has
+    no row, and checkpoints of the same round, which are the same network, share their columns.
+    """
+    measures = [measure for measure in MEASURES if was_counted(measure, results)]
+
+    # Equal columns of the same round -> the checkpoints that they belong to.
+    names_of: dict[tuple, list[str]] = {}
+    for name, result in results.items():
+        in_test = tuple(cell(result["in_test"][measure]) for measure in measures)
+        out_test = tuple(cell(result["out_test"][measure]) for measure in measures)
+        names_of.setdefault((result["round"], in_test, out_test), []).append(name)
+
+    checkpoints = [""]
+    splits = [""]
+    rows = [[MEASURES[measure]] for measure in measures]
+    for (round_, in_test, out_test), names in names_of.items():
+        heading = ", ".join(names)
+        if round_ is not None:
+            heading += f" (round {round_})"
+        checkpoints += [heading, ""]
+        splits += ["in-test", "out-test"]
+        for row, first, second in zip(rows, in_test, out_test, strict=True):
+            row += [first, second]
+    return aligned([checkpoints, splits, *rows])
+
+
+def was_counted(measure: str, results: Mapping[str, Mapping]) -> bool:
+    """Whether any checkpoint has something to average for a measure, in either split."""
+    for result in results.values():
+        if result["in_test"][measure]["n"] or result["out_test"][measure]["n"]:
+            return True
+    return False
+
+
+def cell(found: Mapping[str, Any]) -> str:
+    """{"mean", "n"} -> "0.812 (n=9)", or a dash where there was nothing to average."""
+    if found["n"] == 0:
+        return "– (n=0)"
+    return f"{found['mean']:.3f} (n={found['n']})"
+
+
+def score_rows(split: str, images: Any, evaluation: Evaluation, source: str) -> list[dict]:
+    """The rows of scores.csv for one centre's test, an image each, but for the checkpoint's name.
+
+    split: in_test or out_test; images: data.Images, and evaluation theirs; source: where the images
+    come from, so that a stand-in's scores can never be taken for those of real data.
+    """
+    inverse_areas = images.inverse_area.tolist()
+    small = images.small.tolist()
+    dice = evaluation.dice.tolist()
+
+    rows = []
+    for i, (name, lesions) in enumerate(zip(images.names, evaluation.lesions, strict=True)):
+        rows.append(
+            {
+                "split": split,
+                "centre": images.centre,
+                "name": name,
+                "inverse_area": inverse_areas[i],
+                "small": int(small[i]),
+                "dice": dice[i],
+                "lesion_dice": lesion_dice(lesions),
+                "lesions": len(lesions.dice),
+                "found": int((lesions.dice > 0).sum()),
+                "false_components": lesions.false_components,
+                "data": source,
+            }
+        )
+    return rows
+
+
+# ------------------------------------------------------------------------------- cells as text
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text in columns, the first to the left and the others to the right."""
+    columns = zip(*rows, strict=True)
+    widths = [max(map(len, column)) for column in columns]
+
+    lines = []
+    for first, *others in rows:
+        texts = [first.ljust(widths[0])]
+        for text, width in zip(others, widths[1:], strict=True):
+            texts.append(text.rjust(width))
+        lines.append("   ".join(texts).rstrip())
+    return "\n".join(lines)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as a table in Markdown, the first row its header."""
+    header, *others = [f"| {' | '.join(row)} |" for row in rows]
+    rule = "|" + "---|" * len(rows[0])
+    return "\n".join([header, rule, *others])

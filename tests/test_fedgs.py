@@ -1,0 +1,1058 @@
+"""The method and the federation, in the order of fedgs.py: operations, client, server, a run."""
+
+import copy
+import functools
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    TINY,
+    assert_same_weights,
+    exit_code,
+    refused,
+    rows,
+    square_images,
+    without_time,
+)
+from PIL import Image
+
+import data
+import fedgs
+import metrics
+from fedgs import (
+    PYTORCH,
+    Batch,
+    ClientLog,
+    Config,
+    FlatNetwork,
+    LocalClients,
+    Server,
+    State,
+    Update,
+    adamw_accumulate_,
+    aggregate,
+    batch_gradient,
+    mask_difficulty,
+    train_client,
+)
+from models import SDUTNet, UTNet
+from support import runs
+from support.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("plain_pictures")
+
+CONFIG = Config(
+    local_epochs=2,
+    batch_size=2,
+    lr=1e-3,
+    image_size=32,
+    width=2,
+    centres=("C1", "C2", "C3", "C6"),
+    precision="fp32",
+)
+
+
+# ------------------------------------------------------------------------------------------ options
+
+
+def test_a_config_is_a_plain_value(monkeypatch):
+    """Making one asks nothing of the machine, and nothing can be changed in it."""
+    monkeypatch.setattr(torch.cuda, "is_available", None)
+    config = Config()
+    assert (config.rounds, config.local_epochs, config.batch_size) == (100, 5, 4)
+    assert (config.lr, config.image_size, config.width) == (1e-4, 512, 32)
+    assert (config.log_base, config.tau, config.precision) == (100, 150, "auto")
+    with pytest.raises(AttributeError):
+        config.rounds = 1
+
+
+def test_given_options_come_before_the_preset_and_the_data_set():
+    config, why = fedgs.configure({"preset": "quick", "rounds": 2, "data_root": "stand-in"})
+    assert (config.rounds, config.width, why) == (2, fedgs.PRESETS["quick"]["width"], "as asked")
+
+    config, _ = fedgs.configure({"preset": "paper", "dataset": "lits", "tau": 500.0})
+    assert (config.rounds, config.log_base, config.tau) == (60, 1000, 500)
+    assert (config.centres, config.out_centre) == (data.CENTRES["lits"], "C5")
+    assert config.split == "centre"
+
+
+def test_the_preset_follows_data_and_hardware(square_root, monkeypatch):
+    real = {"data_root": str(square_root)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert fedgs.configure(real)[0].preset == "paper"
+    assert fedgs.configure({**real, "device": "cpu"})[0].preset == "quick"
+    assert fedgs.configure({"data_root": "stand-in"})[0].preset == "quick"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert fedgs.configure(real)[0].preset == "quick"
+
+
+# --------------------------------------------------------------------------------------- difficulty
+
+
+def masks_of(areas, height, width, dtype=torch.uint8):
+    """Masks (B, 1, height, width) with these numbers of lesion pixels."""
+    masks = torch.zeros(len(areas), height * width, dtype=dtype)
+    for mask, area in zip(masks, areas, strict=True):
+        mask[:area] = 1
+    return masks.view(-1, 1, height, width)
+
+
+@pytest.mark.parametrize(
+    ("log_base", "expected"),
+    [(100, [0.9326720054, 0.1003519069]), (1000, [0.6327675588, 0.0447216258])],
+)
+def test_difficulties_of_worked_examples(log_base, expected):
+    masks = masks_of([21, 1900], 64, 128)
+    area, difficulty, eta = mask_difficulty(masks, torch.tensor([True, True]), log_base)
+    assert area.tolist() == [21, 1900]
+    assert area.dtype == torch.int64
+    assert difficulty.tolist() == pytest.approx(expected, rel=1e-6)
+    assert eta.item() == pytest.approx(1 + sum(expected), rel=1e-6)
+
+
+def test_step_scale_of_a_worked_example():
+    _, difficulty, eta = mask_difficulty(masks_of([50], 512, 512), torch.tensor([True]), 100)
+    assert difficulty.item() == pytest.approx(0.9980215523, rel=1e-6)
+    assert eta.item() == pytest.approx(2.9960431045, rel=1e-6)
+
+
+def test_only_small_lesions_in_view_are_difficult():
+    masks = masks_of([3, 3, 0, 64 * 64], 64, 64)
+    area, difficulty, eta = mask_difficulty(masks, torch.tensor([True, False, True, True]), 100)
+    assert area.tolist() == [3, 3, 0, 4096]
+    assert difficulty[0] > 0
+    assert difficulty[1:].tolist() == [0, 0, 0]
+    assert eta.item() == pytest.approx(1 + 2 / 4 * difficulty[0].item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32])
+@pytest.mark.parametrize("value", [1, 255])
+def test_any_mask_type(dtype, value):
+    masks = (masks_of([5, 77], 16, 32, torch.int64) * value).to(dtype)
+    small = torch.tensor([True, True])
+    expected = mask_difficulty(masks_of([5, 77], 16, 32), small, 100)
+    for given in (masks, masks[:, 0]):  # with and without a channel
+        for a, b in zip(mask_difficulty(given, small, 100), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_no_image_has_scale_one():
+    no_flags = torch.zeros(0, dtype=torch.bool)
+    area, difficulty, eta = mask_difficulty(torch.zeros(0, 1, 8, 8), no_flags, 100)
+    assert area.shape == difficulty.shape == (0,)
+    assert eta.item() == 1
+
+
+# --------------------------------------------------------------------------------------------- step
+
+
+def gradients(steps, size, generator):
+    """Gradients (steps, size) from tiny to large."""
+    return torch.randn(steps, size, generator=generator) * torch.logspace(-6, 2, size)
+
+
+def test_step_is_adamw(generator):
+    start = torch.randn(1000, generator=generator)
+    reference = torch.nn.Parameter(start.clone())
+    optimiser = torch.optim.AdamW([reference], lr=1e-3)  # PyTorch's defaults are the paper's
+    theta = start.clone()
+    m, v, update = torch.zeros(3, 1000)
+    for step, grad in enumerate(gradients(20, 1000, generator), start=1):
+        reference.grad = grad.clone()
+        optimiser.step()
+        adamw_accumulate_(theta, grad, m, v, step, 1e-3, update, torch.tensor(1.7))
+        torch.testing.assert_close(theta, reference.detach(), rtol=1e-7, atol=1e-7)
+
+
+def test_accumulated_update_is_its_closed_form(generator):
+    """Delta = sum_t eta_t lr m_hat_t / (sqrt(v_hat_t) + eps), without the decay."""
+    lr = 1e-3
+    grads = gradients(12, 500, generator)
+    etas = 1 + 2 * torch.rand(12, generator=generator)
+    theta, m, v, update = torch.zeros(4, 500)
+    theta += 100  # decay would show
+    for step, (grad, eta) in enumerate(zip(grads, etas, strict=True), start=1):
+        adamw_accumulate_(theta, grad, m, v, step, lr, update, eta)
+
+    expected = torch.zeros(500, dtype=torch.float64)
+    grads = grads.double()
+    for t in range(1, 13):
+        powers = torch.arange(t - 1, -1, -1, dtype=torch.float64)[:, None]
+        m_hat = (0.1 * 0.9**powers * grads[:t]).sum(0) / (1 - 0.9**t)
+        v_hat = (0.001 * 0.999**powers * grads[:t] ** 2).sum(0) / (1 - 0.999**t)
+        expected += etas[t - 1].double() * lr * m_hat / (v_hat.sqrt() + 1e-8)
+    largest = expected.abs().max().item()
+    torch.testing.assert_close(update.double(), expected, rtol=1e-6, atol=1e-6 * largest)
+
+
+def test_scaling_leaves_local_training_untouched(generator):
+    plain, scaled = torch.ones(2, 100)
+    plain_m, plain_v, m, v, update = torch.zeros(5, 100)
+    for step, grad in enumerate(gradients(5, 100, generator), start=1):
+        adamw_accumulate_(plain, grad, plain_m, plain_v, step, 1e-2)
+        adamw_accumulate_(scaled, grad, m, v, step, 1e-2, update, torch.tensor(3.0))
+    assert torch.equal(plain, scaled)
+
+
+# -------------------------------------------------------------------------------------- aggregation
+
+
+def test_aggregate(generator):
+    total, *updates = torch.randn(4, 1000, generator=generator)
+    weights = [0.5, 0.2, 0.3]
+    before = total.clone()
+    result, norms, finite = aggregate(total, updates, weights)
+
+    expected = total.double()
+    squares = []
+    for weight, update in zip(weights, updates, strict=True):
+        expected = expected + weight * update.double()
+        squares.append(update.double().square().sum())
+    torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(norms, torch.stack(squares), rtol=1e-12, atol=0)
+    assert finite.tolist() == [True, True, True]
+    assert torch.equal(total, before)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_aggregate_names_what_is_not_finite(value):
+    updates = torch.full((3, 10), 3e38)  # finite, though the square overflows float32
+    updates[1, 7] = value
+    _, _, finite = aggregate(torch.zeros(10), list(updates), [1 / 3] * 3)
+    assert finite.tolist() == [True, False, True]
+
+
+# ----------------------------------------------------------------------------- a network as vectors
+
+
+@pytest.fixture
+def flat():
+    return FlatNetwork(fedgs.build_network(CONFIG))
+
+
+def test_vectors_are_the_network(flat, generator):
+    reference = UTNet(width=2)
+    reference.load_state_dict(flat.network.state_dict())
+    images = torch.rand(2, 3, 32, 32, generator=generator)
+    for network in (flat.network, reference):
+        network(images).square().mean().backward()
+
+    parameters = list(reference.parameters())
+    assert torch.equal(flat.grad, torch.cat([p.grad.flatten() for p in parameters]))
+    assert torch.equal(flat.parameters, torch.cat([p.detach().flatten() for p in parameters]))
+    theirs = reference.state_dict()
+    for name, mine in flat.network.state_dict().items():
+        assert torch.equal(mine, theirs[name]), name
+
+    assert flat.counters.unique().tolist() == [1]
+    flat.parameters.zero_()
+    assert all((p == 0).all() for p in flat.network.parameters())
+
+
+def test_a_state_is_a_copy(flat):
+    state = flat.state()
+    kept = [x.clone() for x in state]
+    flat.parameters.add_(1)
+    flat.buffers.add_(1)
+    flat.counters.add_(1)
+    assert all(torch.equal(a, b) for a, b in zip(state, kept, strict=True))
+    flat.load(state)
+    assert all(torch.equal(a, b) for a, b in zip(flat.state(), kept, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "channels"),
+    [
+        ({}, UTNet, 3),
+        ({"dataset": "lits"}, UTNet, 1),
+        ({"model": "sd-utnet", "image_size": 48}, SDUTNet, 3),
+    ],
+)
+def test_the_network_of_a_configuration(options, kind, channels):
+    config = replace(CONFIG, **options)
+    network = fedgs.build_network(config)
+    assert type(network) is kind
+    size = config.image_size
+    network.eval()
+    assert network(torch.zeros(1, channels, size, size)).shape == (1, 2, size, size)
+
+    again = fedgs.build_network(config).state_dict()
+    assert all(torch.equal(x, again[name]) for name, x in network.state_dict().items())
+    other = fedgs.build_network(replace(config, seed=1)).state_dict()
+    assert not all(torch.equal(x, other[name]) for name, x in network.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------- client
+
+
+def test_small_lesions_scale_the_report_alone(flat, generator):
+    start = flat.state()
+    images = square_images("C1", 4, generator)
+    scaled = train_client(flat, start, images, CONFIG, 1)
+    local = flat.parameters.clone()
+
+    images.small[:] = False
+    plain = train_client(flat, start, images, CONFIG, 1)
+    assert torch.equal(flat.parameters, local)
+    assert (plain.log.eta, plain.log.scaled) == (1, 0)
+    assert scaled.log.eta > 1
+    assert scaled.log.scaled == 1
+    assert scaled.vector.norm() > plain.vector.norm()
+
+
+def test_what_a_client_sends(flat, generator):
+    start = flat.state()
+    update = train_client(flat, start, square_images("C3", 5, generator), CONFIG, 1)
+    assert update.client == update.log.client == "C3"
+    assert (update.log.images, update.log.steps) == (5, 4)  # the incomplete batch is dropped
+    assert torch.equal(update.buffers, flat.buffers)
+    assert torch.equal(update.counters, flat.counters)
+    assert not torch.equal(update.buffers, start.buffers)
+    assert update.counters.unique().tolist() == [4]
+
+
+def test_fedavg_reports_the_difference_of_parameters(flat, generator):
+    start = flat.state()
+    config = replace(CONFIG, method="fedavg")
+    update = train_client(flat, start, square_images("C1", 4, generator), config, 1)
+    assert torch.equal(update.vector, start.parameters - flat.parameters)
+    assert (update.log.eta, update.log.scaled) == (1, 0)
+
+
+def test_a_client_depends_on_seed_round_and_centre_alone(flat, generator):
+    start = flat.state()
+    images = square_images("C1", 4, generator)
+    other = square_images("C2", 4, generator)
+
+    def trained(images, config=CONFIG, round_=1):
+        return train_client(flat, start, images, config, round_).vector
+
+    first = trained(images)
+    trained(other)
+    torch.rand(5)  # the global generator must not matter
+    assert torch.equal(trained(images), first)
+    assert not torch.equal(trained(images, round_=2), first)
+    assert not torch.equal(trained(images, replace(CONFIG, seed=1)), first)
+    assert not torch.equal(trained(replace(images, centre="C2")), first)
+    assert not torch.equal(trained(replace(images, centre="Oslo")), first)
+
+
+def test_an_epoch_is_every_image_once_in_a_new_order(generator):
+    images = square_images("C1", 7, generator)
+    images.images[:] = torch.arange(7, dtype=torch.uint8)[:, None, None, None]
+    images.small[:] = torch.arange(7) % 2 == 0
+    config = replace(CONFIG, model="sd-utnet")
+    orders = []
+    for _ in range(2):
+        batches = list(fedgs.epoch_batches(images, config, generator))
+        assert len(batches) == 3
+        orders.append(torch.cat([batch.images[:, 0, 0, 0] for batch in batches]).tolist())
+        for batch in batches:
+            assert torch.equal(batch.small, batch.images[:, 0, 0, 0] % 2 == 0)
+            assert batch.draws.shape == (2, 9)
+            assert batch.noise.shape == (2, 2, 8)
+    for order in orders:
+        assert len(set(order)) == 6
+    assert orders[0] != orders[1]
+    assert orders[0] != sorted(orders[0])
+
+
+def test_difficulty_is_of_what_the_network_sees(flat, generator, monkeypatch):
+    """The masks after augmentation, with the flags of the same images, and the log base."""
+    images = square_images("C1", 4, generator)
+    for i, mask in enumerate(images.masks):
+        mask.zero_()[:, 10 : 12 + 3 * i, 10:16] = 1  # areas tell the images apart
+    images.small[:] = torch.tensor([True, False, True, False])
+
+    masks_of_loss = []
+    calls = []
+    loss = metrics.soft_dice_loss
+
+    def watched_loss(logits, masks):
+        masks_of_loss.append(masks)
+        return loss(logits, masks)
+
+    def watched_difficulty(*given):
+        calls.append(given)
+        return mask_difficulty(*given)
+
+    def mirrored(images, masks, draws):  # areas stay, places do not
+        return images.float() / 255, masks.flip(3)
+
+    monkeypatch.setattr(metrics, "soft_dice_loss", watched_loss)
+    monkeypatch.setattr(data, "augment", mirrored)
+    kernels = PYTORCH._replace(mask_difficulty=watched_difficulty)
+    train_client(flat, flat.state(), images, replace(CONFIG, log_base=321.0), 1, kernels)
+
+    assert len(calls) == 4
+    for of_loss, (masks, small, log_base) in zip(masks_of_loss, calls, strict=True):
+        number = (masks.flatten(1).sum(1) // 6 - 2) // 3  # which images these are
+        assert torch.equal(masks, of_loss)
+        assert torch.equal(masks, images.masks[number].flip(3))
+        assert torch.equal(small, images.small[number])
+        assert log_base == 321.0
+
+
+def test_a_gradient_of_ones_own(flat, generator):
+    """A client takes its gradients, and what it reports of them, from the function it is given."""
+    batches = []
+    steps = []
+
+    def gradient(flat, batch, config, kernels):
+        batches.append(batch)
+        flat.grad.fill_(1.0)
+        return {"loss": torch.tensor(0.25), "eta": torch.tensor(2.0), "scaled": torch.tensor(1.0)}
+
+    images = square_images("C1", 5, generator)
+    count = functools.partial(steps.append, 1)
+    update = train_client(flat, flat.state(), images, CONFIG, 1, gradient=gradient, on_step=count)
+    assert len(batches) == len(steps) == update.log.steps == 4
+    assert (update.log.loss, update.log.eta, update.log.scaled) == (0.25, 2, 1)
+    # The step of a constant gradient is lr.
+    torch.testing.assert_close(update.vector, torch.full_like(update.vector, 4 * 2 * CONFIG.lr))
+
+
+@pytest.mark.parametrize("model", ["utnet", "sd-utnet"])
+def test_bf16_gradient_is_the_fp32_one_rounded(model, generator):
+    """Weights, gradient, loss and eta stay float32; in bfloat16 the gradient points the same way.
+
+    How nearly the same is what the network makes of a rounding: fresh weights that are moved by as
+    much turn it as far.
+    """
+    images = square_images("C1", 4, generator, size=64)
+    draws = torch.rand(4, 9, generator=generator)
+    noise = torch.randn(2, 4, 8, generator=generator)
+    batch = Batch(images.images, images.masks, images.small, draws, noise)
+
+    found = []
+    for precision, jitter in (("fp32", 0), ("bf16", 0), ("fp32", 2**-8)):
+        config = replace(CONFIG, image_size=64, width=4, model=model, precision=precision)
+        flat = FlatNetwork(fedgs.build_network(config))
+        moved = torch.randn(flat.parameters.shape, generator=generator)
+        flat.parameters.mul_(1 + jitter * moved)
+        measured = batch_gradient(flat, batch, config)
+        assert flat.grad.dtype == flat.parameters.dtype == torch.float32
+        assert all(x.dtype == torch.float32 for x in measured.values())
+        found.append((flat.grad, measured))
+
+    (plain, losses), (half, half_losses), (jittered, _) = found
+    assert not torch.equal(half, plain)
+    turned = torch.cosine_similarity(jittered, plain, dim=0)
+    assert torch.cosine_similarity(half, plain, dim=0) > turned - 0.1
+    for name, value in losses.items():
+        assert half_losses[name].item() == pytest.approx(value.item(), rel=0.05)
+    assert half_losses["eta"] == losses["eta"] > 1
+
+
+@pytest.mark.parametrize(
+    ("precision", "memory", "dtype"),
+    [
+        ("fp32", torch.contiguous_format, torch.float32),
+        ("bf16", torch.channels_last, torch.bfloat16),
+    ],
+)
+def test_memory_format_throughout(precision, memory, dtype, generator):
+    """Every convolution of UTNet sees maps in the format of its precision."""
+    seen = []
+
+    def note(name, module, given, out):
+        seen.append((name, given[0], out))
+
+    config = replace(CONFIG, image_size=64, width=4)
+    network = fedgs.build_network(config).train()
+    for name, module in network.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(functools.partial(note, name))
+    images = torch.rand(4, 3, 64, 64, generator=generator)
+    masks = torch.zeros(4, 1, 64, 64)
+    fedgs.training_loss(network, images, masks, None, precision)
+
+    assert len(seen) == 89
+    for name, given, out in seen:
+        assert given.is_contiguous(memory_format=memory), name
+        assert out.is_contiguous(memory_format=memory), name
+        assert out.dtype == dtype, name
+
+
+def test_prediction_is_the_lesion_channel_in_evaluation_mode(generator):
+    """Channel 1 is lesion; batch norm uses its running statistics; images are normalised."""
+    config = replace(CONFIG, width=4)
+    network = fedgs.build_network(config).train()
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    mask = fedgs.predict(network, images)
+
+    network.eval()
+    with torch.no_grad():
+        logits = network(data.normalise(images.float() / 255))
+    assert mask.dtype == torch.bool
+    assert torch.equal(mask, logits[:, 1:] > logits[:, :1])
+    assert 0 < mask.float().mean() < 1
+
+    with torch.no_grad():
+        larger = torch.nn.functional.interpolate(logits, (48, 40), mode="bilinear")
+    expected = larger[:, 1:] > larger[:, :1]
+    assert torch.equal(fedgs.predict(network, images, (48, 40)), expected)
+
+
+def test_evaluation_of_many_images_and_of_none(generator):
+    network = fedgs.build_network(CONFIG)
+    images = square_images("C1", 35, generator)
+    evaluation = fedgs.evaluate(network, images)
+    expected = torch.cat([fedgs.predict(network, images.images[i : i + 1]) for i in range(35)])
+    assert torch.equal(evaluation.predicted, expected)
+    truth = images.masks.bool()
+    assert torch.equal(evaluation.dice, metrics.dice_per_image(expected, truth))
+    assert fedgs.evaluate(network, images.subset([])).tally.abs().sum() == 0
+
+
+# ------------------------------------------------------------------------------------------- server
+
+
+def constant_update(flat, client, value, steps=1, images=1, buffers=0.0, counters=0):
+    """An update all of whose parameters are `value`."""
+    log = ClientLog(client, images, steps, 0.5, {}, 1.0, 0.0)
+    vector = torch.full_like(flat.parameters, value)
+    buffers = torch.full_like(flat.buffers, buffers)
+    return Update(client, vector, buffers, torch.full_like(flat.counters, counters), log)
+
+
+def server_of(flat, weights, **options):
+    return Server(flat.state(), weights, replace(CONFIG, **options))
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        # T_k = floor(n_k / 2) * 2 epochs; the held-out centre has no weight
+        ("fedgs", {"C1": 4 / 14, "C2": 8 / 14, "C3": 2 / 14}),
+        ("fedavg", {"C1": 5 / 16, "C2": 8 / 16, "C3": 3 / 16}),
+    ],
+)
+def test_weights_of_the_clients(method, expected):
+    facts = {}
+    for centre, images in {"C1": 5, "C2": 8, "C3": 3, "C6": 0}.items():
+        facts[centre] = data.Facts(images, 1, 1, 0, 0, "")
+    weights = fedgs.client_weights(replace(CONFIG, method=method), facts)
+    assert weights == pytest.approx(expected)
+
+
+def test_parameters_buffers_and_counters_have_the_same_weights(flat):
+    server = server_of(flat, {"C1": 0.75, "C2": 0.25})
+    before = server.state.parameters
+    server.apply(
+        [
+            constant_update(flat, "C1", 1.0, buffers=4.0, counters=8),
+            constant_update(flat, "C2", 0.0),
+        ]
+    )
+    moved = before - server.state.parameters
+    torch.testing.assert_close(moved, torch.full_like(before, 0.75), rtol=0, atol=1e-6)
+    assert server.state.buffers.unique().tolist() == [3]
+    assert server.state.counters.unique().tolist() == [6]
+    assert server.state.counters.dtype == torch.int64
+    assert server.round == 1
+
+
+def test_scale_one_is_parameter_averaging(flat, generator):
+    """FedGS with eta = 1, no weight decay and equal weights is FedAvg of parameters."""
+    no_decay = functools.partial(adamw_accumulate_, weight_decay=0.0)
+    kernels = PYTORCH._replace(adamw_accumulate_=no_decay)
+    server = server_of(flat, {"C1": 1 / 3, "C2": 1 / 3, "C3": 1 / 3})
+    start = server.state
+    updates = []
+    trained = []
+    for client in ("C1", "C2", "C3"):
+        images = square_images(client, 4, generator, small=False)
+        updates.append(train_client(flat, start, images, CONFIG, 1, kernels))
+        trained.append(flat.parameters.clone())
+
+    server.apply(updates)
+    mean = torch.stack(trained).double().mean(0)
+    torch.testing.assert_close(server.state.parameters.double(), mean, rtol=1e-6, atol=1e-7)
+    assert (server.state.parameters - start.parameters).abs().max() > 1e-4  # they did move
+
+
+def test_index_tables_come_back_as_they_were(flat, generator):
+    before = copy.deepcopy(flat.network.state_dict())
+    server = server_of(flat, {"C1": 1 / 6, "C2": 2 / 6, "C3": 3 / 6})
+    updates = []
+    for k in (1, 2, 3):
+        images = square_images(f"C{k}", 2 * k, generator)
+        updates.append(train_client(flat, server.state, images, CONFIG, 1))
+    server.apply(updates)
+    flat.load(server.state)
+
+    after = flat.network.state_dict()
+    indices = [name for name in before if name.endswith("relative_position_index")]
+    assert len(indices) == 9
+    for name in indices:
+        assert torch.equal(before[name], after[name])
+    for name in before:
+        assert before[name].dtype == after[name].dtype
+    # 2, 4 and 6 batches, weighted by 1/6, 2/6 and 3/6: 28 / 6
+    assert after["inc.0.bn1.num_batches_tracked"] == 5
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_server_momentum(flat, momentum):
+    """velocity <- mu velocity + sum_k w_k Delta_k; theta <- theta - server_lr velocity."""
+    weights = {"C1": 0.5, "C2": 0.5}
+    server = server_of(flat, weights, server_momentum=momentum, server_lr=0.8)
+    theta = server.state.parameters.double()
+    velocity = 0.0
+    for value in (0.3, -0.1, 0.2):
+        first = constant_update(flat, "C1", value)
+        second = constant_update(flat, "C2", 2 * value)
+        server.apply([first, second])
+        velocity = momentum * velocity + 1.5 * value
+        theta = theta - 0.8 * velocity
+        found = server.state.parameters.double()
+        torch.testing.assert_close(found, theta, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("field", ["vector", "buffers", "loss"])
+def test_a_round_with_a_value_that_is_not_finite_is_refused(flat, field):
+    server = server_of(flat, {"C1": 0.5, "C4": 0.5})
+    server.round = 6
+    before = server.state
+    bad = constant_update(flat, "C4", 0.1)
+    if field == "loss":
+        bad.log.loss = math.nan
+    else:
+        getattr(bad, field)[0] = math.nan
+    with pytest.raises(UserError, match=r"round 7 .* client C4 is not finite"):
+        server.apply([constant_update(flat, "C1", 0.1), bad])
+    assert server.state is before
+    assert server.round == 6
+
+
+def test_a_server_step_that_overflows_is_refused(flat):
+    server = server_of(flat, {"C1": 1.0}, server_lr=1e6)
+    before = server.state
+    with pytest.raises(UserError, match="the server's step is not finite"):
+        server.apply([constant_update(flat, "C1", 3e38)])
+    assert server.state is before
+    assert not server.velocity.any()
+
+
+def test_the_log_knows_the_size_of_every_update(flat):
+    server = server_of(flat, {"C1": 0.5, "C2": 0.5})
+    first, second = server.apply(
+        [constant_update(flat, "C1", 0.1, steps=3), constant_update(flat, "C2", -0.2)]
+    )
+    root = math.sqrt(flat.parameters.numel())
+    assert (first.client, first.steps) == ("C1", 3)
+    assert first.update_norm == pytest.approx(0.1 * root, rel=1e-5)
+    assert second.update_norm == pytest.approx(0.2 * root, rel=1e-5)
+
+
+def test_updates_are_summed_in_groups(flat):
+    """Never more than a group of updates in memory, and the sum that all together give."""
+    weights = {f"C{k}": k / 465 for k in range(1, 31)}
+    alive = weakref.WeakSet()
+    most = 0
+
+    def numbered(k):
+        return constant_update(flat, f"C{k}", 0.1 * k, buffers=1.0 / k, counters=k)
+
+    def arriving():
+        nonlocal most
+        for k in range(1, 31):
+            update = numbered(k)
+            alive.add(update.vector)
+            most = max(most, len(alive))
+            yield update
+            del update
+
+    server = server_of(flat, weights)
+    logs = server.apply(arriving())
+    assert most <= Server.GROUP
+    assert [log.client for log in logs] == list(weights)
+
+    at_once = server_of(flat, weights)
+    at_once.apply([numbered(k) for k in range(1, 31)])
+    assert all(torch.equal(a, b) for a, b in zip(server.state, at_once.state, strict=True))
+    mean = sum(0.1 * k * k for k in range(1, 31)) / 465
+    moved = flat.parameters - server.state.parameters
+    torch.testing.assert_close(moved, torch.full_like(moved, mean), rtol=1e-5, atol=1e-5)
+
+
+def test_a_round_is_refused_for_any_of_its_groups(flat):
+    server = server_of(flat, {f"C{k}": 1 / 20 for k in range(1, 21)})
+    before = server.state
+    updates = [constant_update(flat, f"C{k}", 0.1) for k in range(1, 21)]
+    for k in (9, 20):
+        updates[k - 1].vector[3] = math.inf
+    with pytest.raises(UserError, match="client C9, C20 is not finite"):
+        server.apply(iter(updates))
+    assert server.state is before
+
+
+# --------------------------------------------------------------------------------------- round loop
+
+
+class RecordedClients:
+    """Clients that note what the round loop asks of them."""
+
+    def __init__(self, flat):
+        self.flat = flat
+        self.asked = []
+
+    def train(self, state, round_):
+        self.asked.append(("train", round_, state))
+        yield constant_update(self.flat, "C1", 1.0)
+
+    def evaluate(self, state):
+        self.asked.append(("evaluate", state))
+        tally = torch.ones(len(metrics.MEASURES), 2, dtype=torch.float64)
+        return {"C1": tally, "C2": 3 * tally}
+
+
+def test_the_round_loop_asks_in_order(flat):
+    server = server_of(flat, {"C1": 1.0}, rounds=4)
+    server.round = 2  # as after a resumed run
+    clients = RecordedClients(flat)
+    start = server.state
+    rounds = []
+    for round_, logs, validation in fedgs.federate(server, clients, server.config):
+        rounds.append(round_)
+        assert [log.client for log in logs] == ["C1"]
+        assert validation["dice"] == {"mean": 1, "n": 4}
+    assert rounds == [3, 4]
+
+    names = [asked[0] for asked in clients.asked]
+    assert names == ["train", "evaluate", "train", "evaluate"]
+    assert clients.asked[0][2] is start
+    assert (
+        clients.asked[1][1] is clients.asked[2][2]
+    )  # validation of what the next round starts from
+    assert clients.asked[3][1] is server.state
+
+
+def test_local_clients_train_in_order_from_the_same_state(flat, square_root):
+    config = replace(CONFIG, data_root=str(square_root), batch_size=4)
+    federation = fedgs.load_data(config, config.centres)
+    clients = LocalClients(flat, federation, config)
+    state = State(*(x.clone() for x in flat.state()))
+    updates = list(clients.train(state, 1))
+    assert [update.client for update in updates] == ["C1", "C2", "C3"]
+    for update, images in zip(updates, federation.train.values(), strict=True):
+        alone = train_client(flat, state, images, config, 1)
+        assert torch.equal(update.vector, alone.vector)
+        assert torch.equal(update.buffers, alone.buffers)
+
+    tallies = clients.evaluate(state)
+    assert list(tallies) == ["C1", "C2", "C3"]
+    tests = list(clients.test(state))
+    assert [(test.centre, test.split) for test in tests] == [
+        ("C1", "in_test"),
+        ("C2", "in_test"),
+        ("C3", "in_test"),
+        ("C6", "out_test"),
+    ]
+
+
+# ------------------------------------------------------------------------------------- a whole run
+
+
+def test_folder_is_complete(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        *("config.json", "rounds.csv", "scores.csv", "results.json", "resume.pt"),
+        *("last.pt", "best.pt", "best_small.pt", "curves.png", "predictions.png"),
+    }
+
+
+def test_rounds_table(finished):
+    history = rows(finished / "rounds.csv")
+    assert [row["round"] for row in history] == ["1", "2"]
+    columns = {"loss_C4", "loss_C5", "update_norm_C4", "eta", "scaled_steps", "dice", "dice_s"}
+    for row in history:
+        assert columns < set(row)
+        assert 0 < float(row["loss_C4"]) < 1
+        assert 1 < float(row["eta"]) < 3
+        assert 0 < float(row["scaled_steps"]) <= 1
+        assert float(row["update_norm_C4"]) > 0
+
+
+def test_results_are_the_means_of_the_scores(finished):
+    """The means of results.json, once more from the rows of scores.csv."""
+    scores = rows(finished / "scores.csv")
+    results = json.loads((finished / "results.json").read_text())
+    for name in ("best", "best_small"):
+        for split in ("in_test", "out_test"):
+            chosen = [row for row in scores if (row["checkpoint"], row["split"]) == (name, split)]
+            lesion = [row for row in chosen if row["inverse_area"] != "inf"]
+            kinds = {
+                "dice": chosen,
+                "dice_n": lesion,
+                "dice_s": [row for row in chosen if row["small"] == "1"],
+                "dice_l": [row for row in lesion if row["small"] == "0"],
+            }
+            for measure, kind in kinds.items():
+                expected = results["checkpoints"][name][split][measure]
+                assert expected["n"] == len(kind)
+                if kind:
+                    mean = math.fsum(float(row["dice"]) for row in kind) / len(kind)
+                    assert mean == pytest.approx(expected["mean"], rel=1e-12)
+    held_out = {row["centre"] for row in scores if row["split"] == "out_test"}
+    assert held_out == {"C6"}
+    assert {row["centre"] for row in scores if row["split"] == "in_test"} == {"C4", "C5"}
+
+
+def test_stand_in_is_named_everywhere(finished):
+    for name in ("config.json", "results.json"):
+        assert "stand-in" in (finished / name).read_text()
+    for name in ("rounds.csv", "scores.csv"):
+        assert all(row["data"] == "PolypGen stand-in" for row in rows(finished / name))
+
+
+@pytest.mark.parametrize("name", ["last", "best", "best_small"])
+def test_checkpoints_are_plain_state_dicts(finished, name):
+    state = torch.load(finished / f"{name}.pt", weights_only=True)
+    UTNet(width=2).load_state_dict(state, strict=True)
+    config = state._metadata["fedgs"]["config"]
+    assert config["width"] == 2
+    assert config["out"] == config["data_root"] == config["cache"] == ""  # no paths of this machine
+
+
+def test_pictures_are_pictures(finished):
+    for name in ("curves.png", "predictions.png"):
+        with Image.open(finished / name) as image:
+            assert min(image.size) > 300
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 100
+
+
+def test_last_is_the_aggregate_and_best_is_the_best(run, finished, tmp_path):
+    saved = torch.load(finished / "resume.pt", weights_only=True)
+    flat = FlatNetwork(UTNet(width=2))
+    flat.load(State(*saved["state"]))
+    last = torch.load(finished / "last.pt", weights_only=True)
+    for name, x in flat.network.state_dict().items():
+        assert torch.equal(x, last[name])
+
+    history = rows(finished / "rounds.csv")
+    for name, measure in (("best", "dice"), ("best_small", "dice_s")):
+        values = [float(row[measure]) for row in history]
+        best = {"round": 1 + values.index(max(values)), "score": max(values)}
+        assert saved["best"][name] == best
+
+    assert run(tmp_path, "--rounds", 1) == 0
+    of_round = {1: tmp_path / "last.pt", 2: finished / "last.pt"}
+    for name in ("best", "best_small"):
+        assert_same_weights(finished / f"{name}.pt", of_round[saved["best"][name]["round"]])
+
+
+def test_same_seed_same_rounds(run, finished, tmp_path):
+    assert run(tmp_path / "again") == 0
+    same_end(tmp_path / "again", finished)
+    assert run(tmp_path / "other", "--seed", 1, "--rounds", 1) == 0
+    first = without_time(finished / "rounds.csv")[:1]
+    assert without_time(tmp_path / "other" / "rounds.csv") != first
+
+
+def test_fedavg_takes_unscaled_steps(run, tmp_path, capsys):
+    assert run(tmp_path, "--method", "fedavg", "--rounds", 1) == 0
+    [row] = rows(tmp_path / "rounds.csv")
+    assert (row["eta"], row["scaled_steps"]) == ("1.0", "0.0")
+    assert "Dice_S" in capsys.readouterr().out
+
+
+def test_disentangled_run(run, tmp_path):
+    """SD-UTNet: the loss's terms, the picture, and a resumed run like an uninterrupted one."""
+    options = ["--model", "sd-utnet"]
+    assert run(tmp_path / "whole", *options) == 0
+    assert run(tmp_path / "parts", *options, "--rounds", 1) == 0
+    assert run(tmp_path / "parts", *options, "--rounds", 2, "--resume") == 0
+    same_end(tmp_path / "parts", tmp_path / "whole")
+
+    for row in rows(tmp_path / "whole" / "rounds.csv"):
+        terms = 0.0
+        for name, weight in metrics.DISENTANGLED_WEIGHTS.items():
+            terms += weight * float(row[f"term_{name}"])
+        loss = (3 * float(row["loss_C4"]) + 2 * float(row["loss_C5"])) / 5  # of 72 and 66 images
+        assert terms == pytest.approx(loss, rel=1e-4)
+    with Image.open(tmp_path / "whole" / "anatomy.png") as image:
+        assert min(image.size) > 300
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 100
+
+
+# ------------------------------------------------------------------------------------------ resume
+
+
+def same_end(folder, finished):
+    """The weights and tables of a run are those of another."""
+    assert_same_weights(folder / "last.pt", finished / "last.pt")
+    assert without_time(folder / "rounds.csv") == without_time(finished / "rounds.csv")
+    assert (folder / "scores.csv").read_text() == (finished / "scores.csv").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writes", [0, 1, 3, 4, 5, 7, 9])
+def test_stopped_before_any_write_and_resumed(run, finished, tmp_path, monkeypatch, writes):
+    """Stopped short of its next file, at moments through the run, it ends as one that was not."""
+    whole = os.replace
+    count = 0
+
+    def failing(source, target):
+        nonlocal count
+        if str(tmp_path) in str(target):
+            if count == writes:
+                raise KeyboardInterrupt
+            count += 1
+        whole(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    assert run(tmp_path) == 130
+    monkeypatch.setattr(os, "replace", whole)
+    assert run(tmp_path, "--resume") == 0
+    same_end(tmp_path, finished)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(run, finished, cache, tmp_path):
+    """kill -9 at three random moments, from start-up on, then to the end."""
+    options = [*TINY, "--cache", str(cache), "--out", str(tmp_path), "--resume"]
+    command = [sys.executable, str(ROOT / "fedgs.py"), *options]
+    threads = str(torch.get_num_threads())  # they decide the last bits
+    for _ in range(3):
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        process.stdout.read(1)  # the header: the run has begun
+        time.sleep(random.uniform(0, 2))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert run(tmp_path, "--resume") == 0
+    same_end(tmp_path, finished)
+
+
+def test_momentum_is_resumed(run, tmp_path):
+    options = ("--server-momentum", 0.9, "--server-lr", 0.5)
+    assert run(tmp_path / "whole", *options) == 0
+    assert run(tmp_path / "parts", *options, "--rounds", 1) == 0
+    assert run(tmp_path / "parts", *options, "--resume") == 0
+    same_end(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_more_rounds_with_resume(run, finished, tmp_path):
+    assert run(tmp_path, "--rounds", 1) == 0
+    assert run(tmp_path, "--resume") == 0
+    same_end(tmp_path, finished)
+
+
+def test_a_client_that_diverges(run, tmp_path, capsys, monkeypatch):
+    assert run(tmp_path, "--rounds", 1) == 0
+    kept = {path: path.read_bytes() for path in tmp_path.glob("*.pt")}
+    capsys.readouterr()
+    whole = metrics.soft_dice_loss
+
+    def infinite(logits, masks):
+        return whole(logits, masks) * math.inf
+
+    monkeypatch.setattr(metrics, "soft_dice_loss", infinite)
+    code = run(tmp_path, "--resume", "--rounds", 2)
+    refused(capsys, code, "round 2", "C4, C5", "not finite")
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.pt")} == kept
+
+
+def test_sigterm_is_a_line(cache, tmp_path):
+    options = [*TINY, "--rounds", "1000", "--cache", str(cache), "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "fedgs.py"), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.read(1)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert error.startswith("fedgs.py: error: stopped by SIGTERM; ")
+    assert "--resume" in error
+    assert error.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--batch-size", "80"], ["centre C4", "--batch-size 80"]),
+        (["--data-root", "no/such/folder"], ["--data-root no/such/folder", "no such folder"]),
+        (["--data-root", "."], ["--data-root", "data_C1"]),
+        (["--workers", "3"], ["--workers 3", "there are 2 clients"]),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(
+    run, tmp_path, capsys, options, words
+):
+    refused(capsys, run(tmp_path / "run", *options), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_data_folder(run, tmp_path, capsys):
+    folder = tmp_path / "data_C4" / "images_C4"
+    folder.mkdir(parents=True)
+    (folder / "a.jpg").write_bytes(b"")
+    refused(capsys, run(tmp_path / "run", "--data-root", tmp_path), "a.jpg has no mask")
+
+
+def test_checkpoint_of_another_model(run, finished, tmp_path, capsys):
+    small = tmp_path / "small"
+    wide = tmp_path / "wide"
+    assert run(small, "--rounds", 1) == 0
+    assert run(wide, "--rounds", 1, "--width", 4) == 0
+    capsys.readouterr()
+    shutil.copy(wide / "resume.pt", small / "resume.pt")
+    refused(capsys, run(small, "--resume"), "resume.pt", "another network", "width 2")
+    shutil.copy(finished / "resume.pt", small / "resume.pt")
+    shutil.copy(wide / "best.pt", small / "best.pt")
+    refused(capsys, run(small, "--resume"), "best.pt", "does not fit")
+
+
+def test_other_data_with_the_same_counts(run, square_root, tmp_path, capsys):
+    root = tmp_path / "frames"
+    shutil.copytree(square_root, root)
+    options = ["--data-root", root, "--batch-size", "4", "--rounds", 1]
+    assert run(tmp_path / "run", *options) == 0
+    capsys.readouterr()
+    picture = root / "data_C4" / "images_C4" / "03.jpg"
+    Image.open(picture).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(picture)
+    refused(capsys, run(tmp_path / "run", *options, "--resume"), "another run", "fingerprint")
+
+
+def test_unwritable_folder(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    refused(capsys, run(tmp_path / "file" / "run"), "file")
+
+
+def test_moved_options_say_where_to(capsys):
+    for arguments, words in {
+        ("--predict", "scan.jpg"): "python -m tools.predict",
+        ("--evaluate",): "python -m tools.evaluate",
+        ("--seeds", "0", "1"): "python -m tools.experiment --seeds",
+        ("--method", "fedavg", "fedgs"): "python -m tools.experiment --methods",
+    }.items():
+        refused(capsys, exit_code(fedgs.main, list(arguments)), words)
+
+
+def test_one_name_for_folds():
+    assert runs.run_name(CONFIG) == "polypgen-fedgs-utnet-f1-s0"
+    by_centre = replace(CONFIG, dataset="lits", split="centre", seed=3, label="control")
+    assert runs.run_name(by_centre) == "lits-control-utnet-centre-s3"

@@ -1,0 +1,154 @@
+"""Files that are written whole or not at all, CSV and JSON."""
+
+import json
+import math
+import os
+
+import pytest
+
+from support import files
+from support.errors import UserError
+
+# --------------------------------------------------------------------------------- whole or not at all
+
+
+def test_a_new_file_takes_the_place_of_the_old_one(tmp_path):
+    path = tmp_path / "below" / "notes.txt"  # the folder is made, too
+    files.write_text(path, "one\n")
+    with files.replacing(path) as new:
+        new.write_text("two\n")
+        assert path.read_text() == "one\n"  # until the block ends
+    assert path.read_text() == "two\n"
+    assert [item.name for item in path.parent.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("error", [OSError, ValueError, KeyboardInterrupt, SystemExit])
+def test_a_block_that_does_not_end_well(tmp_path, error):
+    path = tmp_path / "notes.txt"
+    path.write_text("one\n")
+    with pytest.raises(error), files.replacing(path) as new:
+        new.write_text("tw")
+        raise error
+    assert path.read_text() == "one\n"
+    assert [item.name for item in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_block_that_writes_nothing(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("one\n")
+    with pytest.raises(FileNotFoundError), files.replacing(path):
+        pass
+    assert path.read_text() == "one\n"
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.nii.gz", "a.b.c", "a"])
+def test_the_new_file_has_the_same_suffixes(tmp_path, name):
+    """Some writers choose a format by them."""
+    path = tmp_path / name
+    with files.replacing(path) as new:
+        assert new.suffixes == path.suffixes
+        assert new.parent == path.parent  # a file can only be renamed within a file system
+        assert files.is_temporary(new)
+        new.write_text("")
+    assert not files.is_temporary(path)
+
+
+def test_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
+    calls = []
+    sync, rename = os.fsync, os.replace
+
+    def noted_sync(descriptor):
+        calls.append("sync")
+        sync(descriptor)
+
+    def noted_rename(source, target):
+        calls.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(os, "replace", noted_rename)
+    files.write_text(tmp_path / "notes.txt", "one\n")
+    assert calls == ["sync", "rename"]
+
+
+def test_what_a_killed_process_leaves_is_in_nobodys_way(tmp_path):
+    path = tmp_path / "notes.txt"
+    mine = tmp_path / f"{files.TEMPORARY}{os.getpid()}-notes.txt"  # numbers of processes come again
+    others = tmp_path / f"{files.TEMPORARY}0-notes.txt"
+    mine.write_text("a longer text than the new one\n")
+    others.write_text("half")
+    assert files.is_temporary(mine)
+    assert files.is_temporary(others)
+
+    files.write_text(path, "one\n")
+    assert path.read_text() == "one\n"
+    assert others.read_text() == "half"  # that process may still be at it
+    assert not mine.exists()
+
+
+def test_text_is_utf_8(tmp_path):
+    files.write_text(tmp_path / "notes.txt", "η\n")
+    assert (tmp_path / "notes.txt").read_bytes() == "η\n".encode()
+
+
+# --------------------------------------------------------------------------------------- CSV and JSON
+
+
+def test_csv_comes_back(tmp_path):
+    rows = [{"name": 'a "b", c', "dice": 0.1 + 0.2}, {"name": "two\nlines", "dice": math.inf}]
+    text = files.to_csv(rows)
+    assert text.startswith("name,dice\n")
+    assert "\r" not in text
+
+    files.write_text(tmp_path / "rows.csv", text)
+    found = files.read_csv(tmp_path / "rows.csv", ("name", "dice"))
+    assert [row["name"] for row in found] == [row["name"] for row in rows]
+    assert [float(row["dice"]) for row in found] == [0.1 + 0.2, math.inf]  # every digit
+
+
+def test_csv_of_no_rows():
+    assert files.to_csv([]).strip() == ""
+
+
+def test_rows_with_other_keys_are_a_fault():
+    with pytest.raises(ValueError, match="extra"):
+        files.to_csv([{"a": 1}, {"a": 1, "extra": 2}])
+
+
+def test_a_table_as_a_spreadsheet_saves_it(tmp_path):
+    (tmp_path / "rows.csv").write_bytes("\ufeffname,small\r\nη,1\r\n".encode())
+    assert files.read_csv(tmp_path / "rows.csv", ("name",)) == [{"name": "η", "small": "1"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\xff\xfe\x00\x01", "cannot read .*rows.csv"),
+        (b"name\na\n", "rows.csv: every row needs the columns name, dice"),
+        (b"name,dice\na,1\nb\n", "rows.csv: every row needs the columns name, dice"),
+        (b"hello world", None),  # a header without rows: there is nothing to miss
+    ],
+)
+def test_what_is_no_such_table(tmp_path, content, words):
+    (tmp_path / "rows.csv").write_bytes(content)
+    if words is None:
+        assert files.read_csv(tmp_path / "rows.csv", ("name", "dice")) == []
+        return
+    with pytest.raises(UserError, match=words):
+        files.read_csv(tmp_path / "rows.csv", ("name", "dice"))
+
+
+def test_tables_that_cannot_be_opened(tmp_path):
+    for path in (tmp_path, tmp_path / "none.csv"):
+        with pytest.raises(UserError, match=f"cannot read {path}"):
+            files.read_csv(path, ())
+
+
+def test_json_has_no_nan():
+    value = {"a": {"b": math.nan, "c": 0.1, "d": {"e": math.nan}}, "f": [1, "x"], "g": None}
+    text = files.to_json(value)
+    expected = {"a": {"b": None, "c": 0.1, "d": {"e": None}}, "f": [1, "x"], "g": None}
+    assert json.loads(text) == expected
+    assert "NaN" not in text
+    assert text.endswith("}\n")
+    assert math.isnan(value["a"]["b"])  # the value itself stays as it was

@@ -1,0 +1,259 @@
+"""What the machine offers: device, precision, memory, kernels; and on a GPU the captured graph."""
+
+import ctypes
+import os
+import platform
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import square_images
+
+import fedgs
+from fedgs import Batch, FlatNetwork, batch_gradient, build_network
+from support import hardware
+from support.errors import UserError
+from support.hardware import CapturedGradient
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
+CONFIG = fedgs.Config(batch_size=4, lr=1e-3, image_size=64, width=4, precision="fp32")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+# -------------------------------------------------------------------------------- device and precision
+
+
+@pytest.mark.parametrize(
+    ("wanted", "available", "chosen"),
+    [("auto", True, CUDA), ("auto", False, CPU), ("cpu", True, CPU), ("cuda", True, CUDA)],
+)
+def test_device(monkeypatch, wanted, available, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert hardware.choose_device(wanted) == chosen
+
+
+def test_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda: torch finds no GPU here"):
+        hardware.choose_device("cuda")
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_auto_is_float32_on_every_cpu(monkeypatch, here):
+    """One command gives comparable numbers, whatever the processor could do."""
+    monkeypatch.setattr(hardware, "has_bf16", lambda device: here)
+    assert hardware.choose_precision("auto", CPU) == "fp32"
+    assert hardware.choose_precision("auto", CUDA) == ("bf16" if here else "fp32")
+
+
+@pytest.mark.parametrize("wanted", ["fp32", "bf16"])
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_what_was_asked_for_is_taken(monkeypatch, wanted, device):
+    for here in (True, False):
+        monkeypatch.setattr(hardware, "has_bf16", lambda device, here=here: here)
+        assert hardware.choose_precision(wanted, device) == wanted
+
+
+def test_slow_bfloat16_is_said(monkeypatch):
+    monkeypatch.setattr(hardware, "has_bf16", lambda device: False)
+    assert "slower than fp32" in hardware.describe_precision("bf16", CPU)
+    assert hardware.describe_precision("fp32", CPU) == "fp32"
+    monkeypatch.setattr(hardware, "has_bf16", lambda device: True)
+    assert hardware.describe_precision("bf16", CPU) == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("avx512", "amx", "expected"),
+    [(False, False, False), (True, False, True), (False, True, True)],
+)
+def test_which_cpus_compute_in_bfloat16(monkeypatch, avx512, amx, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert hardware.has_bf16(CPU) is expected
+
+
+def test_the_number_of_threads_is_said(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert hardware.describe_device(CPU) == "cpu, 1 thread"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert hardware.describe_device(CPU) == "cpu, 8 threads"
+
+
+def test_cores_of_this_process(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert hardware.available_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on a Mac
+    assert hardware.available_cores() == 64
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+def calls_to_libc(monkeypatch, name):
+    """What a program whose C library has this name is told of memory. -> arguments of mallopt"""
+    calls = []
+    libc = SimpleNamespace(mallopt=lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(platform, "libc_ver", lambda: (name, "2.36"))
+    monkeypatch.setattr(ctypes, "CDLL", lambda library: libc)
+    hardware.reuse_freed_memory()
+    return calls
+
+
+def test_glibc_keeps_freed_memory(monkeypatch):
+    mmap_max, trim_threshold = -4, -1
+    assert calls_to_libc(monkeypatch, "glibc") == [(mmap_max, 0), (trim_threshold, -1)]
+
+
+@pytest.mark.parametrize("name", ["", "musl"])
+def test_other_libraries_are_left_alone(monkeypatch, name):
+    assert calls_to_libc(monkeypatch, name) == []
+
+
+def test_torch_is_prepared(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    calls = []
+    monkeypatch.setattr(hardware, "reuse_freed_memory", lambda: calls.append("memory"))
+    hardware.prepare_torch()
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.allow_tf32
+    assert calls == ["memory"]
+
+
+# --------------------------------------------------------------------------------------------- kernels
+
+
+def compiled(monkeypatch, problem=""):
+    """Have csrc be compiled, with this problem. -> the module"""
+    module = SimpleNamespace(problem=lambda device: problem)
+    monkeypatch.setitem(sys.modules, "csrc", module)
+    return module
+
+
+def test_compiled_kernels_are_the_default(monkeypatch):
+    module = compiled(monkeypatch)
+    for device, name in ((CPU, "cpp"), (CUDA, "cuda")):
+        expected = (module, f"{name}, compiled from csrc")
+        assert hardware.compiled_kernels("auto", device) == expected
+        assert hardware.compiled_kernels(name, device) == expected
+
+
+def test_the_definitions_by_option(monkeypatch):
+    compiled(monkeypatch)
+    for device in (CPU, CUDA):
+        assert hardware.compiled_kernels("torch", device) == (None, "torch, as asked")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "words"),
+    [
+        ("cuda", CPU, "--kernels cuda: not for cpu; choose cpp, torch or auto"),
+        ("cpp", CUDA, "--kernels cpp: not for cuda; choose cuda, torch or auto"),
+    ],
+)
+def test_kernels_of_another_device(monkeypatch, wanted, device, words):
+    compiled(monkeypatch)
+    with pytest.raises(UserError, match=words):
+        hardware.compiled_kernels(wanted, device)
+
+
+@pytest.mark.parametrize(("device", "name"), [(CPU, "cpp"), (CUDA, "cuda")])
+def test_kernels_that_are_not_compiled(monkeypatch, device, name):
+    monkeypatch.setitem(sys.modules, "csrc", None)  # importing it raises ImportError
+    module, reason = hardware.compiled_kernels("auto", device)
+    assert module is None
+    assert reason.startswith("torch: csrc is not compiled")
+    assert "pip install" in reason
+    with pytest.raises(UserError, match=f"--kernels {name}: csrc is not compiled .*pip install"):
+        hardware.compiled_kernels(name, device)
+
+
+def test_kernels_that_cannot_run_here(monkeypatch):
+    compiled(monkeypatch, "the driver is too old")
+    assert hardware.compiled_kernels("auto", CUDA) == (None, "torch: the driver is too old")
+    with pytest.raises(UserError, match="--kernels cuda: the driver is too old"):
+        hardware.compiled_kernels("cuda", CUDA)
+
+
+def test_the_choice_is_a_set_of_operations(monkeypatch):
+    module = compiled(monkeypatch)
+    for name in fedgs.Kernels._fields[1:]:
+        setattr(module, name, f"compiled {name}")
+    kernels, _ = fedgs.choose_kernels("auto", CPU)
+    names = ("mask_difficulty", "adamw_accumulate_", "aggregate")
+    assert kernels == ("cpp", *(f"compiled {name}" for name in names))
+    assert fedgs.choose_kernels("torch", CPU)[0] is fedgs.PYTORCH
+
+
+# -------------------------------------------------------------------------------------------- on a GPU
+
+
+def some_batch(generator):
+    """A batch of four images on the GPU."""
+    images = square_images("C1", 4, generator, size=64).to(CUDA)
+    draws = torch.rand(4, 9, generator=generator).to(CUDA)
+    noise = torch.randn(2, 4, 8, generator=generator).to(CUDA)
+    return Batch(images.images, images.masks, images.small, draws, noise)
+
+
+def flat_network(config):
+    return FlatNetwork(build_network(config).to(CUDA))
+
+
+@on_gpu
+@pytest.mark.parametrize("model", ["utnet", "sd-utnet"])
+@pytest.mark.parametrize(
+    ("precision", "cosine", "tolerance"), [("fp32", 0.9999, 1e-3), ("bf16", 0.9, 0.05)]
+)
+def test_captured_gradient_is_the_definition(model, precision, cosine, tolerance, generator):
+    """The same gradient from the same state, up to the order of sums, for two batches."""
+    config = replace(CONFIG, model=model, precision=precision)
+    kernels, _ = fedgs.choose_kernels("auto", CUDA)
+    plain = flat_network(config)
+    replayed = flat_network(config)
+    captured = CapturedGradient(batch_gradient)
+    start = plain.state()
+
+    for batch in (some_batch(generator), some_batch(generator)):
+        plain.load(start)
+        replayed.load(start)
+        expected = batch_gradient(plain, batch, config, kernels)
+        measured = captured(replayed, batch, config, kernels)
+        assert torch.cosine_similarity(replayed.grad, plain.grad, dim=0) > cosine
+        assert torch.equal(replayed.counters, plain.counters)
+        assert replayed.counters.unique().tolist() == [1]  # warming up leaves no trace
+
+        expected = {name: x.item() for name, x in expected.items()}
+        measured = {name: x.item() for name, x in measured.items()}
+        assert measured == pytest.approx(expected, rel=tolerance)
+
+
+@on_gpu
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_step_does_not_wait_for_the_gpu(captured, generator):
+    kernels, _ = fedgs.choose_kernels("auto", CUDA)
+    flat = flat_network(CONFIG)
+    batch = some_batch(generator)
+    m, v, update = torch.zeros(3, len(flat.parameters), device=CUDA)
+    gradient = CapturedGradient(batch_gradient) if captured else batch_gradient
+    gradient(flat, batch, CONFIG, kernels)
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        measured = gradient(flat, batch, CONFIG, kernels)
+        eta = measured["eta"]
+        kernels.adamw_accumulate_(flat.parameters, flat.grad, m, v, 1, 1e-3, update, eta)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+def test_attention_is_fused():
+    """Nothing but the fused kernel is allowed, and it is there for this head size and this bias."""
+    network = build_network(replace(CONFIG, width=32)).to(CUDA)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION):
+        network(torch.rand(2, 3, 64, 64, device=CUDA)).square().mean().backward()

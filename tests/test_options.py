@@ -1,0 +1,151 @@
+"""Options: the command line of a run, what has moved, and what no run can use."""
+
+from dataclasses import fields, replace
+
+import pytest
+
+import data
+import fedgs
+from fedgs import DATASETS, PRESETS, Config
+from support import options
+from support.errors import UserError
+
+OTHERS = {"lits": DATASETS["lits"], "quick": PRESETS["quick"]}
+
+
+def parse(*arguments):
+    return options.parse(Config, "", list(arguments), OTHERS)
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def test_only_what_was_given():
+    assert parse() == {}
+    given = parse("--method", "fedavg", "--centres", "C1", "C6", "--lr", "0.5", "--resume")
+    assert given == {"method": "fedavg", "centres": ["C1", "C6"], "lr": 0.5, "resume": True}
+
+
+def test_every_field_is_an_option_with_help(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = capsys.readouterr().out
+    for f in fields(Config):
+        assert options.spelling(f.name) in text
+    assert "(100, lits 60, quick 7)" in text  # rounds, with the defaults of others
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--method", "fedprox"], ["--method", "fedprox", "fedavg"]),
+        (["--no-such-option", "1"], ["--no-such-option", "--help"]),
+        (["--round", "1"], ["--round"]),  # no abbreviations
+        (["--rounds", "many"], ["--rounds", "many"]),
+        (["--fold", "6"], ["--fold", "6"]),
+        (["--predict", "a.png"], ["--predict has moved", "python -m tools.predict"]),
+        (["--evaluate"], ["python -m tools.evaluate"]),
+        (["--nsd-tolerance=2"], ["python -m tools.evaluate", "--surfaces"]),
+        (["--checkpoint", "x.pt"], ["python -m tools.evaluate"]),
+        (["--folds", "1", "2"], ["python -m tools.experiment --folds"]),
+        (["--seed", "0", "1"], ["--seed takes one value here", "--seeds"]),
+        (["--lr", "1", "--fold", "1", "2"], ["--fold takes one value here", "--folds"]),
+    ],
+)
+def test_what_is_no_option_of_a_run(arguments, words):
+    with pytest.raises(UserError) as caught:
+        parse(*arguments)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_configuration_as_a_command_line():
+    config = Config(lr=1e-3, centres=("C1", "C6"), resume=True, split="centre", label="control")
+    arguments = options.to_arguments(config)
+    assert fedgs.configure({"preset": "paper", **parse(*arguments)})[0] == replace(
+        config, preset="paper"
+    )
+    assert options.to_arguments(Config()) == []
+
+
+def test_flags():
+    free = options.flagged(Config, "free")
+    assert {"rounds", "device", "workers", "kernels", "out", "resume"} < free
+    assert not free & {"method", "seed", "lr", "fold", "centres", "precision", "width", "tau"}
+    assert options.flagged(Config, "path") == {"data_root", "cache", "out"}
+    assert options.flagged(Config, "place") == {"centres", "out_centre", "precision"}
+
+
+# ------------------------------------------------------------------------------------------ checks
+
+
+def test_the_papers_configurations_pass():
+    for dataset, values in DATASETS.items():
+        for preset in PRESETS.values():
+            for model in ("utnet", "sd-utnet"):
+                config = Config(**{**values, **preset, "dataset": dataset, "model": model})
+                options.check(config, data.CENTRES[dataset])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rounds": 0}, "--rounds 0: must be at least 1"),
+        ({"local_epochs": -1}, "--local-epochs -1"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"width": 0}, "--width 0"),
+        ({"image_size": 100}, "--image-size 100: must be a multiple of 16"),
+        ({"image_size": 0}, "--image-size 0"),
+        ({"batch_size": 1, "image_size": 16}, "--batch-size 1: too small for batch norm"),
+        ({"lr": -1.0}, "--lr -1"),
+        ({"lr": float("nan")}, "--lr nan"),
+        ({"server_lr": 0.0}, "--server-lr 0"),
+        ({"server_lr": float("inf")}, "--server-lr inf"),
+        ({"tau": 0.0}, "--tau 0"),
+        ({"log_base": 1.0}, "--log-base 1"),
+        ({"server_momentum": 1.0}, "--server-momentum 1"),
+        ({"seed": -1}, "--seed -1"),
+        ({"fold": 0}, "--fold 0"),
+        ({"centres": ("C1", "C9")}, "--centres C1 C9: must be among C1 C2"),
+        ({"centres": ("C1", "C1", "C6")}, "--centres C1 C1 C6: names a centre twice"),
+        ({"centres": ("C6",)}, "--centres C6: leaves no client"),
+        ({"out_centre": "C7"}, "--out-centre C7: must be among --centres"),
+        ({"model": "sd-utnet", "batch_size": 1}, "sd-utnet needs two images"),
+        ({"model": "sd-utnet", "width": 1}, "sd-utnet needs 2 or more"),
+        ({"split": "centre", "fold": 2}, "--fold 2: --split centre has no folds"),
+        ({"workers": "many"}, "--workers many: must be auto, or a number"),
+        ({"workers": "0"}, "--workers 0"),
+        ({"workers": "-1"}, "--workers -1"),
+    ],
+)
+def test_values_that_no_run_can_use(changes, words):
+    with pytest.raises(UserError, match=words.replace("(", r"\(")):
+        options.check(replace(Config(), **changes), data.CENTRES["polypgen"])
+
+
+def test_grouped_frames_are_polypgens():
+    lits = Config(**{**DATASETS["lits"], "dataset": "lits", "split": "grouped"})
+    with pytest.raises(UserError, match="--split grouped: LiTS is split by volume anyway"):
+        options.check(lits, data.CENTRES["lits"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("width", 4, True),
+        ("width", 4.0, False),
+        ("width", True, False),
+        ("lr", 1, True),
+        ("lr", "1", False),
+        ("method", "fedavg", True),
+        ("method", "fedprox", False),
+        ("centres", ["C1", "C2"], True),
+        ("centres", [1, 2], False),
+        ("centres", "C1", False),
+        ("resume", False, True),
+        ("resume", 0, False),
+    ],
+)
+def test_plausible_values(name, value, expected):
+    [f] = [f for f in fields(Config) if f.name == name]
+    assert options.plausible(f, value) is expected

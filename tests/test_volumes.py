@@ -1,0 +1,425 @@
+"""CT volumes: damaged files, grey values, which slices are kept, and the cache of them."""
+
+import csv
+import gzip
+import os
+import shutil
+
+import nibabel
+import numpy as np
+import pytest
+from conftest import SHARED
+from PIL import Image
+from tiny_volumes import labels_of, write_volume
+
+from support import volumes
+from support.errors import UserError
+
+
+def noise(depth):
+    """Slices whose file cannot be compressed much."""
+    return np.random.default_rng(0).integers(-300, 300, (16, 20, depth))
+
+
+# ---------------------------------------------------------------------------------- a NIfTI file
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A volume and its segmentation, with tumours in slices 0 and 2."""
+    return write_volume(tmp_path, 0, labels_of(60, 0, 80))
+
+
+def cut_short(volume, segmentation):
+    write_volume(volume.parent, 0, labels_of(*[200] * 30), noise(30))
+    volume.write_bytes(volume.read_bytes()[: volume.stat().st_size // 2])
+
+
+def turn_a_bit_of_the_checksum(volume, segmentation):
+    content = bytearray(volume.read_bytes())
+    content[-6] ^= 1  # all slices can still be decoded
+    volume.write_bytes(content)
+
+
+def not_nifti(volume, segmentation):
+    volume.write_bytes(gzip.compress(b"not a NIfTI file" * 99))
+
+
+def four_dimensions(volume, segmentation):
+    nibabel.Nifti1Image(np.zeros((4, 4, 2, 2), np.int16), np.eye(4)).to_filename(volume)
+
+
+def colours(volume, segmentation):
+    rgb = np.zeros((16, 20, 3), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nibabel.Nifti1Image(rgb, np.eye(4)).to_filename(volume)
+
+
+def other_shape(volume, segmentation):
+    nibabel.Nifti1Image(np.zeros((16, 20, 1), np.uint8), np.eye(4)).to_filename(segmentation)
+
+
+def other_label(volume, segmentation):
+    write_volume(volume.parent, 0, labels_of(60, 0, 80) + 1)
+
+
+def no_numbers(volume, segmentation):
+    write_volume(volume.parent, 0, labels_of(60), np.full((16, 20, 1), np.nan), dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (cut_short, ("volume-0.nii.gz", "damaged or cut short")),
+        (turn_a_bit_of_the_checksum, ("volume-0.nii.gz", "damaged or cut short")),
+        (not_nifti, ("cannot read", "volume-0.nii.gz")),
+        (four_dimensions, ("volume-0.nii.gz", "4 dimensions")),
+        (colours, ("volume-0.nii.gz", "type")),
+        (other_shape, ("segmentation-0.nii.gz", "(16, 20, 1)", "(16, 20, 3)")),
+        (other_label, ("segmentation-0.nii.gz", "label 3", "1 (liver)")),
+        (no_numbers, ("volume-0.nii.gz", "no numbers")),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(pair, harm, words):
+    harm(*pair)
+    with pytest.raises(UserError) as error:
+        list(volumes.cut_slices(*pair))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_damaged_segmentation_is_noticed_too(pair):
+    turn_a_bit_of_the_checksum(pair[1], None)
+    with pytest.raises(UserError, match=r"segmentation-0\.nii\.gz, it is damaged"):
+        list(volumes.cut_slices(*pair))
+
+
+def test_an_uncompressed_file_that_lacks_its_last_byte(tmp_path):
+    pair = write_volume(tmp_path, 1, labels_of(60, 0, 0), suffix=".nii")
+    assert len(list(volumes.cut_slices(*pair))) == 1
+    pair[0].write_bytes(pair[0].read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"volume-1\.nii, it is damaged or cut short"):
+        list(volumes.cut_slices(*pair))
+
+
+def test_a_header_that_makes_no_sense(tmp_path, caplog):
+    pair = write_volume(tmp_path, 1, labels_of(60), suffix=".nii")
+    content = bytearray(pair[0].read_bytes())
+    content[70:72] = (9999).to_bytes(2, "little")  # the type of the values
+    pair[0].write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot read .*volume-1\.nii"):
+        volumes.open_volume(pair[0])
+    assert not caplog.records  # it is said once
+
+
+def test_spacing_of_what_the_network_sees(tmp_path):
+    """0.8 mm from row to row and 0.5 from column to column; 160 x 400 pixels become 32 x 32."""
+    path = tmp_path / "volume-0.nii.gz"
+    voxels = np.zeros((160, 400, 3), np.int16)
+    nibabel.Nifti1Image(voxels, np.diag([-0.8, 0.5, 5, 1])).to_filename(path)
+    spacing = volumes.pixel_spacing(path, 32)
+    assert spacing == pytest.approx((0.8 * 160 / 32, 0.5 * 400 / 32))
+
+
+# ------------------------------------------------------------------------------------ grey slices
+
+
+def test_which_slices_are_kept_and_their_grey_values(tmp_path):
+    """More than 50 pixels of tumour along the third axis; HU of -200 to 200 become 0 to 255."""
+    hu = np.linspace(-1000, 1000, 16 * 20 * 4).reshape(16, 20, 4).round()
+    labels = labels_of(50, 51, 0, 320)
+    slices = list(volumes.cut_slices(*write_volume(tmp_path, 3, labels, hu)))
+
+    assert [one.number for one in slices] == [1, 3]
+    for k, grey, tumour in slices:
+        assert grey.dtype == np.uint8
+        assert np.array_equal(tumour, labels[:, :, k] == 2)
+        expected = np.round((np.clip(hu[:, :, k], -200, 200) + 200) / 400 * 255)
+        assert np.array_equal(grey, expected)
+
+
+@pytest.mark.parametrize("depth", [1, 15, 16, 17, 40])
+def test_no_slice_is_lost_between_blocks(tmp_path, depth):
+    expected = {k: 60 + k for k in range(depth) if k % 3 != 1}
+    areas = [expected.get(k, 0) for k in range(depth)]
+    hu = noise(depth)
+    pair = write_volume(tmp_path, 0, labels_of(*areas), hu, dtype=np.float32)
+
+    found = {}
+    for k, grey, tumour in volumes.cut_slices(*pair):
+        found[k] = tumour.sum()
+        assert np.array_equal(grey, volumes.window(hu[..., [k]], pair[0])[0])
+    assert found == expected
+
+
+def test_scaled_files(tmp_path):
+    """NIfTI files may store (HU - intercept) / slope."""
+    volume, segmentation = write_volume(tmp_path, 0, labels_of(100))
+    stored = nibabel.Nifti1Image(np.full((16, 20, 1), 150, np.int16), np.eye(4))
+    stored.header.set_slope_inter(2.0, -250.0)  # HU 50
+    nibabel.save(stored, volume)
+    [one] = volumes.cut_slices(volume, segmentation)
+    assert np.unique(one.grey).tolist() == [round((50 + 200) / 400 * 255)]
+
+
+def test_a_slice_at_the_size_of_the_network():
+    stripes = np.zeros((64, 32), np.uint8)
+    stripes[:, 1::2] = 255
+    small = volumes.to_size(stripes, 16)
+    assert small.shape == (16, 16, 1)
+    assert small.dtype == np.uint8
+    assert 100 < small[2:-2, 2:-2].min() <= small[2:-2, 2:-2].max() < 155  # interpolated
+
+
+# ------------------------------------------------------------------------------- LiTS in a folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Volumes 0 to 3 in two sub-folders, with either suffix."""
+    root = tmp_path / "lits"
+    write_volume(root / "part2", 0, labels_of(60))
+    write_volume(root / "part1", 1, labels_of(60), suffix=".nii")
+    write_volume(root / "part2", 2, labels_of(60), suffix=".nii")
+    write_volume(root / "part1", 3, labels_of(60))
+    return root
+
+
+def test_volumes_in_sub_folders_with_either_suffix(folder):
+    (folder / "part1" / "volume-4.nii.gz.part").write_text("a download that goes on")
+    (folder / "part1" / "liver-volume-5.nii").write_text("another data set")
+    found = volumes.find_volumes(folder, range(4))
+    assert list(found) == [0, 1, 2, 3]
+    assert found[0] == (
+        folder / "part2" / "volume-0.nii.gz",
+        folder / "part2" / "segmentation-0.nii.gz",
+    )
+    assert found[1][1] == folder / "part1" / "segmentation-1.nii"
+
+
+def test_folders_may_be_links(folder, tmp_path):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "lits").symlink_to(folder, target_is_directory=True)
+    assert list(volumes.find_volumes(tmp_path / "linked", range(4))) == [0, 1, 2, 3]
+
+
+def test_a_volume_without_its_segmentation(folder):
+    (folder / "part1" / "segmentation-3.nii.gz").unlink()
+    with pytest.raises(UserError, match=r"volume-3.* no segmentation: .*-3\.nii or .* is missing"):
+        volumes.find_volumes(folder, range(4))
+
+
+def test_a_segmentation_without_its_volume(folder):
+    (folder / "part1" / "volume-3.nii.gz").unlink()
+    with pytest.raises(UserError, match=r"segmentation-3.* no volume: volume-3\.nii or .*missing"):
+        volumes.find_volumes(folder, range(4))
+
+
+def test_volumes_that_nobody_wants_may_be_incomplete(folder):
+    """Another process may be writing them."""
+    (folder / "part1" / "volume-3.nii.gz").unlink()
+    write_volume(folder / "part1", 0, labels_of(60), suffix=".nii")
+    assert list(volumes.find_volumes(folder, (1, 2, 7))) == [1, 2]
+
+
+def test_a_volume_that_is_there_twice(folder):
+    write_volume(folder / "part1", 0, labels_of(60), suffix=".nii")
+    with pytest.raises(UserError, match=r"part2/seg.*part1/seg.* the same segmentation: keep one"):
+        volumes.find_volumes(folder, range(4))
+
+
+# --------------------------------------------------------------------- its slices as image files
+
+
+@pytest.fixture
+def cut(pair, tmp_path):
+    """cut(): the slices of `pair` through a cache."""
+
+    def through_cache():
+        return volumes.slice_files(0, *pair, tmp_path / "cache")
+
+    return through_cache
+
+
+def never(*files):
+    pytest.fail("cut again")
+
+
+def read(path):
+    return np.asarray(Image.open(path))
+
+
+def test_cached_slices_are_lossless(tmp_path):
+    hu = noise(3)
+    pair = write_volume(tmp_path, 7, labels_of(60, 0, 80), hu)
+    expected = list(volumes.cut_slices(*pair))
+    found = volumes.slice_files(7, *pair, tmp_path / "cache")
+
+    assert [k for k, _, _ in found] == [0, 2]
+    for (_, grey, mask), one in zip(found, expected, strict=True):
+        assert np.array_equal(read(grey), one.grey)
+        assert np.array_equal(read(mask), 255 * one.tumour.astype(np.uint8))
+        assert grey.parent == mask.parent == tmp_path / "cache" / "volume-7"
+
+
+def test_a_volume_is_cut_once(cut, monkeypatch):
+    first = cut()
+    monkeypatch.setattr(volumes, "cut_slices", never)
+    assert cut() == first
+
+
+def test_a_volume_without_tumours_is_looked_at_once(tmp_path, monkeypatch):
+    pair = write_volume(tmp_path, 0, labels_of(0, 50))
+    assert volumes.slice_files(0, *pair, tmp_path / "cache") == []
+    monkeypatch.setattr(volumes, "cut_slices", never)
+    assert volumes.slice_files(0, *pair, tmp_path / "cache") == []
+
+
+def remove_index(folder):
+    (folder / "index.json").unlink()
+
+
+def cut_index_short(folder):
+    path = folder / "index.json"
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def index_of_something_else(folder):
+    (folder / "index.json").write_text("[1, 2, 3]")
+
+
+def remove_slice(folder):
+    (folder / "slice-2.png").unlink()
+
+
+def remove_mask(folder):
+    (folder / "slice-0_mask.png").unlink()
+
+
+def empty_slice(folder):
+    (folder / "slice-0.png").write_bytes(b"")
+
+
+def cut_slice_short(folder):
+    path = folder / "slice-0.png"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        remove_index,
+        cut_index_short,
+        index_of_something_else,
+        remove_slice,
+        remove_mask,
+        empty_slice,
+        cut_slice_short,
+    ],
+)
+def test_what_is_missing_or_damaged_is_cut_anew(cut, tmp_path, harm):
+    first = cut()
+    before = [read(path).tobytes() for _, *paths in first for path in paths]
+    harm(tmp_path / "cache" / "volume-0")
+    assert cut() == first
+    assert [read(path).tobytes() for _, *paths in first for path in paths] == before
+
+
+def test_a_volume_that_has_changed_is_cut_anew(cut, pair, tmp_path):
+    cut()
+    write_volume(tmp_path, 0, labels_of(0, 100, 0))
+    assert [k for k, _, _ in cut()] == [1]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_file_of_the_same_length_that_is_younger(cut, pair, monkeypatch, which):
+    cut()
+    os.utime(pair[which], ns=(1, 1))
+    monkeypatch.setattr(volumes, "cut_slices", never)
+    with pytest.raises(pytest.fail.Exception, match="cut again"):
+        cut()
+
+
+@pytest.mark.parametrize(("name", "value"), [("WINDOW", (-100, 100)), ("TUMOUR_PIXELS", 70)])
+def test_another_rule_cuts_anew(cut, monkeypatch, name, value):
+    first = cut()
+    before = read(first[-1][1]).mean()
+    monkeypatch.setattr(volumes, name, value)
+    again = cut()
+    assert len(again) < len(first) or read(again[-1][1]).mean() != before
+
+
+def test_volumes_that_look_alike_do_not_share_a_cache(tmp_path):
+    greys = []
+    for folder, value in (("a", 0), ("b", 100)):
+        hu = np.full((16, 20, 1), value)
+        pair = write_volume(tmp_path / folder, 0, labels_of(60), hu, suffix=".nii")
+        for path in pair:
+            os.utime(path, ns=(1, 1))
+        [(_, grey, _)] = volumes.slice_files(0, *pair, tmp_path / "cache")
+        greys.append(np.unique(read(grey)).tolist())
+    assert greys == [[128], [191]]
+
+
+def test_an_interrupted_cut_begins_again(cut, monkeypatch, tmp_path):
+    whole = volumes.cut_slices
+
+    def interrupted(*files):
+        yield next(whole(*files))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(volumes, "cut_slices", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cut()
+    assert not (tmp_path / "cache" / "volume-0" / "index.json").exists()
+    monkeypatch.setattr(volumes, "cut_slices", whole)
+    assert [k for k, _, _ in cut()] == [0, 2]
+
+
+def test_a_cache_that_cannot_be_written(pair, tmp_path):
+    (tmp_path / "file").write_text("a file where a folder should be")
+    with pytest.raises(UserError, match=r"cannot write the cache .*file/cache .*--cache"):
+        volumes.slice_files(0, *pair, tmp_path / "file" / "cache")
+
+
+# ------------------------------------------------------------------------------------ real volumes
+
+
+@pytest.fixture(scope="module")
+def real_volumes():
+    if not (SHARED / "ct_nifti").is_dir():
+        pytest.skip("the real CT volumes are not here")
+    return SHARED / "ct_nifti"
+
+
+@pytest.mark.slow
+def test_real_slices_against_an_independent_count(real_volumes, tmp_path):
+    """All slices and areas of real volumes, counted once more with nibabel and numpy alone."""
+    found = {}
+    expected = {}
+    for number, pair in volumes.find_volumes(real_volumes, range(51)).items():
+        labels = np.asarray(nibabel.load(pair[1]).dataobj)
+        for k, count in enumerate((labels == 2).sum(axis=(0, 1))):
+            if count > 50:
+                expected[number, k] = count
+
+        for k, _, mask in volumes.slice_files(number, *pair, tmp_path):
+            tumour = read(mask) > 0
+            found[number, k] = tumour.sum()
+            assert np.array_equal(tumour, labels[:, :, k] == 2)
+    assert found == expected
+    assert len(found) > 1000
+
+    with (real_volumes / "index_slices.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    listed = {(int(row["volume"]), int(row["slice"])) for row in rows if int(row["mask_px"]) > 50}
+    assert listed == set(found)
+
+
+def test_a_real_volume_through_a_cache(real_volumes, tmp_path):
+    pair = tmp_path / "volume-13.nii.gz", tmp_path / "segmentation-13.nii.gz"
+    for path in pair:
+        shutil.copy(real_volumes / path.name, path)
+    hu = np.asarray(nibabel.load(pair[0]).dataobj).astype(np.float64)
+    for k, grey, _ in volumes.slice_files(13, *pair, tmp_path / "cache"):
+        expected = (np.clip(hu[:, :, k], -200, 200) + 200) * 255 / 400
+        assert np.abs(read(grey) - expected).max() <= 0.501

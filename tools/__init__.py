@@ -1,0 +1,1 @@
+"""Programs around a training run, one for each verb: `python -m tools.VERB --help`."""

@@ -1,0 +1,70 @@
+"""What the programs share: opening a trained network."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch.nn as nn
+
+import data
+from fedgs import Config, build_network, configure
+from support import checkpoints, hardware, options
+from support.errors import UserError
+
+DESCRIBES = ("dataset", "model", "width", "image_size", "device")  # what a bare state dict lacks
+
+
+def open_checkpoint(path: Path, given: Mapping[str, Any]) -> tuple[nn.Module, Config, dict]:
+    """A trained network, on its device. -> network, its Config, what its file says of it
+
+    given: options by name. A checkpoint of this project says, among other things, on what "data" it
+    was trained and after which "round" it was saved, and brings its configuration with it. A bare
+    state dict, as published ones are, says nothing, {}: options tell what it is, and are the
+    paper's where they do not. Raises UserError for a file that is no checkpoint, options that
+    contradict it, and weights that do not fit.
+    """
+    # The sums of a test are then those of the test at the end of a run.
+    hardware.prepare_torch()
+
+    weights, about = checkpoints.read_weights(path)
+    if about:
+        config = trained_config(path, about["config"], given)
+    else:
+        config, _ = configure({"preset": "paper", "method": "unknown", **given})
+
+    options.check(config, data.CENTRES[config.dataset])
+    network = build_network(config)
+    checkpoints.load(network, weights, path)
+    return network.to(hardware.choose_device(config.device)), config, about
+
+
+def trained_config(path: Path, trained: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
+    """The configuration in a checkpoint, with options that say where and on what it is used."""
+    free = options.flagged(Config, "free")
+    adjustable = free | options.flagged(Config, "place")
+
+    known = {}
+    for f in fields(Config):
+        if f.name in free or f.name not in trained:
+            continue
+        value = trained[f.name]
+        if not options.plausible(f, value):
+            raise UserError(f"{path}: its configuration is damaged ({f.name} is {value!r})")
+        known[f.name] = tuple(value) if isinstance(value, list) else value
+
+    for name, value in given.items():
+        was = options.shown(known.get(name, "another"))
+        if name not in adjustable and options.shown(value) != was:
+            option = f"{options.spelling(name)} {options.shown(value)}"
+            raise UserError(f"{option}: {path} was trained with {was}")
+
+    values = {**known, **given}
+    if "centres" in values:
+        values["centres"] = tuple(values["centres"])
+    return Config(**values)
+
+
+def describe_origin(about: Mapping[str, Any]) -> str:
+    """What a checkpoint was trained on, for people. about: as from open_checkpoint"""
+    return f"trained on {about['data']}" if about else "trained elsewhere"

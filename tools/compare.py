@@ -1,0 +1,643 @@
+"""Finished runs compared: methods side by side, and their paired differences.
+
+    python -m tools.compare runs/*                           # tables
+    python -m tools.compare runs/* --plot comparison.png     # tables and a picture
+
+Runs on the same data with the same network are one section. In it, runs that differ in fold and
+seed alone are one group, and every two groups are compared. The statistics are in
+`paired_difference` and `interval`.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from fedgs import Config
+from metrics import MEASURES, RECALL_BINS
+from support.errors import UserError, readable_errors
+from support.files import read_csv
+from support.options import flagged, new_parser
+from support.pictures import draw_comparison, save_figure
+from support.tables import aligned, markdown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SPLITS = {"in_test": "in-test", "out_test": "out-test"}  # name in files -> heading
+PAIRED = ("dice_s", "dice_l", "dice_n", "dice", "lesion_dice")  # that every image has for itself
+FEWEST_CLUSTERS = 10  # with fewer images, or volumes, bootstrap intervals are much too narrow
+SAMPLES = 9999  # bootstrap samples
+
+Image = tuple[str, str, str]  # split, centre, name
+
+
+class Score(NamedTuple):
+    """A test image: its size, and how well a run segmented it."""
+
+    inverse_area: float  # inf without a lesion
+    small: bool
+    dice: float
+    lesion_dice: float
+
+    def of(self, measure: str) -> float | None:
+        """What the image adds to the mean of a PAIRED measure; None where it is not one of its."""
+        has_lesion = math.isfinite(self.inverse_area)
+        if measure == "lesion_dice":
+            return self.lesion_dice
+        if measure == "dice_n" and not has_lesion:
+            return None
+        if measure == "dice_s" and not (has_lesion and self.small):
+            return None
+        if measure == "dice_l" and not (has_lesion and not self.small):
+            return None
+        return self.dice
+
+
+class Run(NamedTuple):
+    """What one checkpoint of a finished run left."""
+
+    folder: Path
+    source: str  # where its test images come from
+    config: dict
+    checkpoint: str
+    means: dict[str, dict]  # {split: {measure: {"mean": float, "n": int}}}
+    scores: dict[Image, Score]
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Fold and seed: what runs of two methods must have in common to be a pair."""
+        return self.config["fold"], self.config["seed"]
+
+
+Group = list[Run]  # runs that differ in fold and seed alone
+
+
+class Summary(NamedTuple):
+    """A measure over the runs of a group."""
+
+    runs: int  # those that have something to average
+    mean: float
+    std: float  # of a sample (n - 1); NaN for a single run
+    fewest: int  # images, or lesions, of a run
+    most: int
+
+
+class Interval(NamedTuple):
+    """How sure a mean difference is."""
+
+    low: float
+    high: float
+    p: float
+
+
+class Difference(NamedTuple):
+    """The second group minus the first, image by image."""
+
+    pairs: int  # of runs
+    images: int
+    clusters: int  # the images that are independent, see cluster_of
+    mean: float
+    std: float  # of the pairs' mean differences, as of a sample (n - 1)
+    interval: Interval
+
+
+class Section(NamedTuple):
+    """Runs that can be compared: on the same data, with the same network."""
+
+    title: str
+    groups: dict[str, Group]  # by label: the method, and the options in which the runs differ
+    summaries: dict[tuple[str, str, str], Summary]  # by split, measure, label
+    differences: dict[tuple[str, str, str, str], Difference]  # by first, second, split, measure
+
+
+# ------------------------------------------------------------------------------------ comparison
+
+
+def compare(folders: Iterable[str | Path], checkpoint: str = "") -> list[Section]:
+    """Read finished runs and compare them: a Section for each data set and network.
+
+    checkpoint: whose results; "": `best`, or the only one that an evaluation wrote. Raises
+    UserError for folders without a finished run, damaged files, and runs that do not belong
+    together.
+    """
+    runs = [read_run(Path(folder), checkpoint) for folder in folders]
+    check_together(runs)
+
+    sections: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        sections.setdefault((run.source, run.config["model"]), []).append(run)
+    return [compare_section(found) for found in sections.values()]
+
+
+def compare_section(runs: list[Run]) -> Section:
+    """Group runs by what they differ in, and compare the groups."""
+    groups = group_runs(runs)
+
+    summaries = {}
+    for split, measure, label in itertools.product(SPLITS, MEASURES, groups):
+        summaries[split, measure, label] = summarise(groups[label], split, measure)
+
+    differences = {}
+    for first, second in itertools.combinations(groups, 2):
+        for split, measure in itertools.product(SPLITS, PAIRED):
+            found = paired_difference(groups[first], groups[second], split, measure)
+            differences[first, second, split, measure] = found
+
+    checkpoints = " and ".join(dict.fromkeys(run.checkpoint for run in runs))
+    title = f"{runs[0].source}, {runs[0].config['model']}, checkpoint {checkpoints}"
+    return Section(title, groups, summaries, differences)
+
+
+def group_runs(runs: list[Run]) -> dict[str, Group]:
+    """{label: runs}, in the labels' order. Raises UserError for the same run twice."""
+    # More rounds make another method of it, although a run may go on for more of them.
+    ignored = flagged(Config, "free") - {"rounds"} | {"method", "fold", "seed"}
+    options = dict.fromkeys(name for run in runs for name in run.config if name not in ignored)
+    differing = [name for name in options if values_differ(runs, name)]
+
+    groups: dict[str, Group] = {}
+    for run in runs:
+        method = run.config["method"]
+        if method == "unknown":  # a published checkpoint: nobody wrote down how it was trained
+            method = run.folder.name
+
+        # What they differ in tells the groups apart, as the control's server_lr does.
+        label = ", ".join([method, *(f"{name} {run.config.get(name)}" for name in differing)])
+
+        group = groups.setdefault(label, [])
+        for other in group:
+            if other.part == run.part:
+                fold, seed = run.part
+                raise UserError(
+                    f"{run.folder} and {other.folder} are the same run: {label}, fold {fold}, "
+                    f"seed {seed}"
+                )
+        group.append(run)
+    return dict(sorted(groups.items()))
+
+
+def values_differ(runs: list[Run], option: str) -> bool:
+    """Whether two of the runs have different values of an option, or only one of them has it."""
+    values = {str(run.config.get(option)) for run in runs}
+    return len(values) > 1
+
+
+def summarise(group: Group, split: str, measure: str) -> Summary:
+    """A measure over a group's runs, each of which counts once."""
+    found = [run.means[split][measure] for run in group if run.means[split][measure]["n"]]
+    counts = [score["n"] for score in found] or [0]
+    mean, std = mean_and_std([score["mean"] for score in found])
+    return Summary(len(found), mean, std, min(counts), max(counts))
+
+
+def mean_and_std(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Mean, and standard deviation of a sample (n - 1); NaN where there are too few values."""
+    # n - 1, since the runs are a few of all that there could have been.
+    mean = float(np.mean(values)) if len(values) > 0 else math.nan
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    return mean, std
+
+
+# ----------------------------------------------------------------------------- paired statistics
+
+
+def paired_difference(first: Group, second: Group, split: str, measure: str) -> Difference:
+    """second - first, image by image, over pairs of their runs with the same fold and seed.
+
+    Both runs of a pair saw the same images, so that most of what makes one image easier than
+    another cancels. Each pair has a mean difference, and the result is the mean of these: a fold
+    with many images counts no more than one with few, as in a group's mean over runs.
+    """
+    pairs = [(a, b) for a in first for b in second if a.part == b.part]
+    sums, counts, images = differences_by_cluster(pairs, split, measure)
+
+    # A fold's test images may hold none of this kind: such a pair has nothing to say.
+    pair_sums = sums.sum(axis=0)
+    pair_counts = counts.sum(axis=0)
+    known = pair_counts > 0
+
+    mean, std = mean_and_std(pair_sums[known] / pair_counts[known])
+    likely = interval(sums[:, known], counts[:, known])
+    return Difference(len(pairs), images, len(sums), mean, std, likely)
+
+
+def differences_by_cluster(
+    pairs: Sequence[tuple[Run, Run]], split: str, measure: str
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """The differences of R pairs of runs, added up within each of C clusters of images.
+
+    -> their sum (C, R) and number (C, R), and how many images there are in all
+    """
+    images = set()
+    sums: dict[Image, np.ndarray] = {}
+    counts: dict[Image, np.ndarray] = {}
+    for r, (a, b) in enumerate(pairs):
+        for image, score in a.scores.items():
+            value = score.of(measure)
+            if image[0] != split or value is None:
+                continue
+            images.add(image)
+
+            cluster = cluster_of(image)
+            if cluster not in sums:
+                sums[cluster] = np.zeros(len(pairs))
+                counts[cluster] = np.zeros(len(pairs))
+            sums[cluster][r] += b.scores[image].of(measure) - value
+            counts[cluster][r] += 1
+
+    shape = (len(sums), len(pairs))  # there may be none of either
+    all_sums = np.array(list(sums.values())).reshape(shape)
+    all_counts = np.array(list(counts.values())).reshape(shape)
+    return all_sums, all_counts, len(images)
+
+
+def cluster_of(image: Image) -> Image:
+    """The volume of a slice. An image that is no slice is a cluster by itself.
+
+    Slices of one volume show the same tumours and succeed or fail together, so that a hundred of
+    them tell hardly more of another patient than one does.
+    """
+    split, centre, name = image
+    volume, _, _ = name.partition("_slice-")
+    return split, centre, volume
+
+
+def interval(sums: np.ndarray, counts: np.ndarray) -> Interval:
+    """95 % interval and p of the mean of paired differences, as other images might show it.
+
+    sums, counts (C, R): the sum and the number of differences of C clusters in R pairs of runs. The
+    mean is that of the pairs' mean differences. Neither number knows of other seeds, and p is not
+    corrected for the number of tests. NaN below FEWEST_CLUSTERS.
+    """
+    from scipy import stats  # imported here: it is slow, and only comparisons need it
+
+    # The bootstrap takes the clusters at hand for all there are. Of few, too many samples are
+    # nearly the same, and the interval comes out much narrower than 95 % of the cases need.
+    clusters = len(sums)
+    if clusters < FEWEST_CLUSTERS:
+        return Interval(math.nan, math.nan, math.nan)
+
+    # Imitate other test sets: draw as many clusters again, with replacement. A cluster is drawn
+    # whole, with its images in all pairs of runs, since these are not independent of each other.
+    # The seed is fixed: the same runs have the same interval.
+    random = np.random.default_rng(0)
+    drawn = random.integers(clusters, size=(SAMPLES, clusters))
+    times = np.array([np.bincount(sample, minlength=clusters) for sample in drawn])
+
+    # The mean difference of each sample (row) in each pair (column), then over pairs. Where folds
+    # have different images, a sample may hold none of a pair's: the other pairs' mean counts.
+    sample_sums = times @ sums
+    sample_counts = times @ counts
+    means = np.full(sample_sums.shape, np.nan)
+    np.divide(sample_sums, sample_counts, out=means, where=sample_counts > 0)
+    low, high = np.percentile(np.nanmean(means, axis=1), (2.5, 97.5))
+
+    # Wilcoxon's signed-rank test (two-sided, zeros dropped) asks for independent numbers: one for
+    # each cluster, its mean over images and pairs. It has no answer where all of them are zero.
+    cluster_means = sums.sum(axis=1) / counts.sum(axis=1)
+    p = stats.wilcoxon(cluster_means).pvalue if cluster_means.any() else 1.0
+    return Interval(float(low), float(high), float(p))
+
+
+# ----------------------------------------------------------------------------------- reading runs
+
+CONFIG_TYPES = {  # options that a comparison relies on
+    "method": str,
+    "model": str,
+    "dataset": str,
+    "fold": int,
+    "seed": int,
+    "image_size": int,
+    "tau": (int, float),
+}
+SCORE_COLUMNS = ("checkpoint", "split", "centre", "name", *Score._fields)
+
+
+def read_run(folder: Path, checkpoint: str = "") -> Run:
+    """A run's results.json and scores.csv. Raises UserError; checkpoint as in compare."""
+    for name in ("results.json", "scores.csv"):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder} holds no finished run, {name} is missing: finish it with --resume, or "
+                "leave it out"
+            )
+
+    rows = read_csv(folder / "scores.csv", SCORE_COLUMNS)
+    try:
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        runs = {name: as_run(folder, results, rows, name) for name in results["checkpoints"]}
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{folder}: results.json or scores.csv is damaged, or of another version ({error!r})"
+        ) from error
+
+    if not checkpoint:
+        checkpoint = "best" if "best" in runs else next(iter(runs), "")
+    if checkpoint not in runs:
+        raise UserError(
+            f"{folder} has no results of checkpoint {checkpoint}, but of {', '.join(runs)}"
+        )
+    return runs[checkpoint]
+
+
+def as_run(folder: Path, results: dict, rows: Iterable[dict[str, str]], checkpoint: str) -> Run:
+    """One checkpoint in a run's files. Raises what incomplete or wrong content makes it raise."""
+    config = results["config"]
+    for name, kind in CONFIG_TYPES.items():
+        if not isinstance(config[name], kind):
+            raise TypeError(name)
+
+    means = {}
+    for split in SPLITS:
+        found = results["checkpoints"][checkpoint][split]
+        means[split] = {measure: as_mean(found[measure]) for measure in MEASURES}
+
+    scores = {}
+    for row in rows:
+        if row["checkpoint"] == checkpoint:
+            image = row["split"], row["centre"], row["name"]
+            scores[image] = Score(
+                inverse_area=float(row["inverse_area"]),
+                small=row["small"] == "1",
+                dice=float(row["dice"]),
+                lesion_dice=float(row["lesion_dice"]),
+            )
+    if not scores:
+        raise LookupError(f"scores of {checkpoint}")
+    return Run(folder, results["data"], config, checkpoint, means, scores)
+
+
+def as_mean(found: dict) -> dict:
+    """{"mean", "n"} as metrics.means gives it: JSON has null for NaN."""
+    count = int(found["n"])
+    mean = float(found["mean"]) if count else math.nan
+    return {"mean": mean, "n": count}
+
+
+def check_together(runs: Sequence[Run]) -> None:
+    """Raise UserError for runs of a data set that were tested on different images."""
+    first_of: dict[tuple, Run] = {}
+    for run in runs:
+        dataset = run.config["dataset"]
+        first = first_of.setdefault((dataset,), run)
+        if run.source != first.source:
+            raise UserError(
+                f"{run.folder} was tested on {run.source}, {first.folder} on {first.source}: "
+                "compare them apart"
+            )
+        size, first_size = run.config["image_size"], first.config["image_size"]
+        if size != first_size:
+            raise UserError(
+                f"{run.folder} was tested on images of {size}, {first.folder} on images of "
+                f"{first_size} pixels a side: compare them apart"
+            )
+
+        # In-test images depend on the fold; the held-out centre is the same in all folds.
+        same_fold = first_of.setdefault((dataset, run.config["fold"]), run)
+        check_images(run, same_fold, "in_test")
+        check_images(run, first, "out_test")
+
+
+def check_images(run: Run, other: Run, split: str) -> None:
+    """Raise UserError where two runs have different test images, or different size flags."""
+    if images_of(run, split) != images_of(other, split):
+        raise UserError(
+            f"{run.folder} and {other.folder} have other {SPLITS[split]} images or size flags: "
+            "compare them apart"
+        )
+
+
+def images_of(run: Run, split: str) -> dict[Image, tuple[float, bool]]:
+    """{image: (inverse area, small)} of a split."""
+    found = {}
+    for image, score in run.scores.items():
+        if image[0] == split:
+            found[image] = score.inverse_area, score.small
+    return found
+
+
+# ----------------------------------------------------------------------------------------- tables
+
+NOTE = f"""\
+Differences are paired over images and runs of the same fold and seed: their mean ± standard
+deviation over pairs of runs, a 95 % bootstrap interval and the p of a Wilcoxon signed-rank test,
+both over images (LiTS: volumes) and from {FEWEST_CLUSTERS} of them on.
+These tell what other images might have shown, not other seeds: for that see the spread over runs.
+p is not corrected for the number of tests."""
+
+
+def report(sections: Sequence[Section], layout: Callable[[list], str] = aligned) -> str:
+    """All tables of a comparison as text. layout: aligned or markdown, of support.tables"""
+    blocks = []
+    for section in sections:
+        blocks.append(
+            f"{section.title}: mean ± standard deviation over runs; n: images, or lesions for "
+            "recall, of a run"
+        )
+        tables = [summary_rows(section, split) for split in SPLITS]
+        pairs = itertools.combinations(section.groups, 2)
+        tables += [difference_rows(section, first, second) for first, second in pairs]
+        blocks += [layout(rows) for rows in tables]
+
+    if any(section.differences for section in sections):
+        blocks.append(NOTE)
+    return "\n\n".join(blocks)
+
+
+def summary_rows(section: Section, split: str) -> list[list[str]]:
+    """A row for each measure that something was counted for, a column for each group."""
+    header = [SPLITS[split], "n"]
+    for label, group in section.groups.items():
+        header.append(f"{label} ({plural(len(group), 'run')})")
+
+    rows = [header]
+    for measure, heading in MEASURES.items():
+        summaries = [section.summaries[split, measure, label] for label in section.groups]
+        fewest = min(summary.fewest for summary in summaries)
+        most = max(summary.most for summary in summaries)
+        # Without any image of its kind, a measure would be a row of dashes.
+        if most > 0:
+            count = str(most) if fewest == most else f"{fewest} to {most}"
+            rows.append([heading, count, *map(mean_cell, summaries)])
+    return rows
+
+
+def mean_cell(summary: Summary) -> str:
+    """A mean as "0.512 ± 0.031", without ± for a single run; a dash where there is none."""
+    if summary.runs == 0:
+        return "–"
+    spread = "" if math.isnan(summary.std) else f" ± {summary.std:.3f}"
+    return f"{summary.mean:.3f}{spread}"
+
+
+def difference_rows(section: Section, first: str, second: str) -> list[list[str]]:
+    """A row for each measure, with difference, p and number of images in either split."""
+    pairs = section.differences[first, second, "in_test", "dice"].pairs
+    header = [f"{second} - {first} ({plural(pairs, 'pair')} of runs)"]
+    for heading in SPLITS.values():
+        header += [heading, "p", "images"]
+
+    rows = [header]
+    for measure in PAIRED:
+        found = [section.differences[first, second, split, measure] for split in SPLITS]
+        if not any(difference.images for difference in found):
+            continue
+        row = [MEASURES[measure]]
+        for difference in found:
+            row += difference_cells(difference)
+        rows.append(row)
+    return rows
+
+
+def difference_cells(found: Difference) -> list[str]:
+    """A difference as "+0.012 ± 0.004 [+0.003, +0.021]", its p, and the number of images."""
+    if found.images == 0:
+        return ["–", "–", "0"]
+
+    text = f"{found.mean:+.3f}"
+    if not math.isnan(found.std):
+        text += f" ± {found.std:.3f}"
+    low, high, p = found.interval
+    if not math.isnan(low):
+        text += f" [{low:+.3f}, {high:+.3f}]"
+
+    images = str(found.images)
+    if found.clusters < found.images:
+        images += f" of {plural(found.clusters, 'volume')}"
+    return [text, "–" if math.isnan(p) else f"{p:.2g}", images]
+
+
+def plural(count: int, noun: str) -> str:
+    """1 run, 2 runs."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+# ---------------------------------------------------------------------------------------- picture
+
+
+def draw(section: Section) -> "Figure":
+    """Dice against inverse area, bars by size class and centre, and recall by size of lesion.
+
+    Raises UserError where no test image has a lesion.
+    """
+    # Each fold has its own test images: all of them together are shown.
+    runs = [run for group in section.groups.values() for run in group]
+    sizes: dict[Image, float] = {}
+    for run in runs:
+        for image, score in run.scores.items():
+            if math.isfinite(score.inverse_area):
+                sizes[image] = score.inverse_area
+    if not sizes:
+        raise UserError(f"{section.title}: no test image has a lesion, so there is nothing to draw")
+
+    points = {label: mean_scores(group, sizes) for label, group in section.groups.items()}
+    bars = {
+        MEASURES["dice_s"]: bars_by_centre(section, "dice_s"),
+        MEASURES["dice_l"]: bars_by_centre(section, "dice_l"),
+        MEASURES["recall"]: bars_by_lesion_size(section),
+    }
+    tau = runs[0].config["tau"]
+    return draw_comparison(section.title, tau, np.array(list(sizes.values())), points, bars)
+
+
+def mean_scores(group: Group, sizes: dict[Image, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Inverse area and Dice (n,) of the images with a lesion that a group was tested on.
+
+    Dice is the mean over the runs that saw the image.
+    """
+    dice: dict[Image, list[float]] = {}
+    for run in group:
+        for image, score in run.scores.items():
+            if image in sizes:
+                dice.setdefault(image, []).append(score.dice)
+
+    areas = [sizes[image] for image in dice]
+    means = [np.mean(values) for values in dice.values()]
+    return np.array(areas), np.array(means)
+
+
+def bars_by_centre(section: Section, measure: str) -> dict[str, dict]:
+    """{centre: {label: [(mean, count) of each run]}}"""
+    runs = [run for group in section.groups.values() for run in group]
+    places = dict.fromkeys(image[:2] for run in runs for image in run.scores)
+
+    bars = {}
+    for split, centre in places:
+        # Centres count one by one, since the difference between them is what a federation is about.
+        heading = f"{centre}\n(held out)" if split == "out_test" else centre
+        bars[heading] = {}
+        for label, group in section.groups.items():
+            bars[heading][label] = [centre_mean(run, split, centre, measure) for run in group]
+    return bars
+
+
+def centre_mean(run: Run, split: str, centre: str, measure: str) -> tuple[float, int]:
+    """A measure's mean in one centre, and the number of images behind it."""
+    values = []
+    for image, score in run.scores.items():
+        value = score.of(measure)
+        if image[:2] == (split, centre) and value is not None:
+            values.append(value)
+    mean, _ = mean_and_std(values)
+    return mean, len(values)
+
+
+def bars_by_lesion_size(section: Section) -> dict[str, dict]:
+    """{range of inverse area: {label: [(recall, lesions) of each run]}}, both splits together."""
+    bars = {}
+    for measure, heading in RECALL_BINS.items():
+        size = heading.removeprefix("recall, ")
+        bars[size] = {}
+        for label, group in section.groups.items():
+            bars[size][label] = [mean_of_splits(run, measure) for run in group]
+    return bars
+
+
+def mean_of_splits(run: Run, measure: str) -> tuple[float, int]:
+    """A measure's mean over in-test and out-test together, and its count."""
+    total = 0.0
+    count = 0
+    for split in SPLITS:
+        found = run.means[split][measure]
+        if found["n"]:
+            total += found["mean"] * found["n"]
+            count += found["n"]
+    return (total / count if count else math.nan), count
+
+
+# ----------------------------------------------------------------------------------- command line
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    with readable_errors("compare"):
+        parser = new_parser(__doc__, "python -m tools.compare")
+        parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
+        parser.add_argument("--checkpoint", help="whose results: best (default) or best_small")
+        parser.add_argument("--markdown", action="store_true", help="print tables in Markdown")
+        parser.add_argument("--plot", metavar="FILE", type=Path, help="draw it: .png, .pdf, .svg")
+        parser.set_defaults(checkpoint="", markdown=False, plot=None)
+        given = parser.parse_args(arguments)
+
+        plot = given.plot
+        if plot and plot.suffix.lower() not in (".png", ".pdf", ".svg"):
+            raise UserError(f"--plot {plot}: must end in .png, .pdf or .svg")
+
+        sections = compare(given.runs, given.checkpoint)
+        if plot and len(sections) > 1:
+            titles = "; ".join(section.title for section in sections)
+            raise UserError(f"--plot draws one data set and network at a time: {titles}")
+
+        layout = markdown if given.markdown else aligned
+        print(report(sections, layout))
+        if plot:
+            save_figure(plot, draw(sections[0]))
+
+
+if __name__ == "__main__":
+    main()

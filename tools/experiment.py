@@ -1,0 +1,146 @@
+"""Methods x folds x seeds: one run after another, and their comparison.
+
+    python -m tools.experiment --methods fedavg fedgs --seeds 0 1 2
+    python -m tools.experiment --folds 1 2 3 4 5 --control --data-root /data/polypgen --out exp
+    python -m tools.experiment … --resume
+
+Takes every option of a training run (python fedgs.py --help). Each run has a folder of its own
+below --out. What is complete is skipped, what was interrupted goes on with --resume, and a run
+that is refused does not keep the others from running.
+
+--control adds the run that an honest comparison needs: FedGS lengthens the server's steps, too, so
+FedAvg is also trained with the server learning rate that equals the mean eta which the FedGS run
+of the same fold and seed measured.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import data
+from fedgs import DATASETS, PRESETS, Config, configure, run
+from support import options, processes, runs
+from support.errors import UserError, readable_errors
+from support.files import read_csv
+from tools import compare
+
+AXES = {"method": "methods", "fold": "folds", "seed": "seeds"}  # option of a run -> of this program
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line: options of a training run are attributes only where they were given."""
+    parser = options.new_parser(__doc__, "python -m tools.experiment")
+    parser.add_argument("--methods", nargs="+", choices=("fedavg", "fedgs"), metavar="METHOD")
+    parser.add_argument("--folds", nargs="+", type=int, choices=range(1, 6), metavar="FOLD")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED")
+    help_text = "train FedAvg with FedGS's mean eta as its server learning rate, too"
+    parser.add_argument("--control", action="store_true", help=help_text)
+
+    names = [name for name in Config.__dataclass_fields__ if name not in (*AXES, "label")]
+    others = {"lits": DATASETS["lits"], "quick": PRESETS["quick"]}
+    options.add_options(parser, Config, names, others)
+    return parser.parse_args(arguments)
+
+
+def plan(given: dict[str, Any], axes: dict[str, list], out: Path) -> list[tuple[Config, str]]:
+    """A configuration for each fold, seed and method, and why its preset.
+
+    Raises UserError, before anything begins, for options that no run can use, and for folders that
+    hold something else.
+    """
+    planned = []
+    for fold, seed, method in itertools.product(axes["fold"], axes["seed"], axes["method"]):
+        config, why = configure({**given, "method": method, "fold": fold, "seed": seed})
+        config = replace(config, out=str(out / runs.run_name(config)))
+        options.check(config, data.CENTRES[config.dataset])
+
+        folder = runs.Folder(config)
+        if not runs.is_complete(folder):
+            folder.check({"config": asdict(config)})
+        planned.append((config, why))
+    return planned
+
+
+def control_of(config: Config, out: Path) -> Config:
+    """FedAvg with the mean eta of a finished FedGS run as its server learning rate."""
+    rows = read_csv(runs.Folder(config).path / "rounds.csv", ("eta",))
+    mean_eta = float(np.mean([float(row["eta"]) for row in rows]))
+    control = replace(config, method="fedavg", server_lr=mean_eta, label="control")
+    return replace(control, out=str(out / runs.run_name(control)))
+
+
+def with_controls(planned: list[tuple[Config, str]], out: Path) -> Iterator[tuple[Config, str]]:
+    """The plan, with the control of each FedGS run behind it: by then its eta is known."""
+    for config, why in planned:
+        yield config, why
+        finished = (runs.Folder(config).path / "results.json").exists()
+        if config.method == "fedgs" and finished:
+            yield control_of(config, out), why
+
+
+def run_all(plan_: Iterator[tuple[Config, str]], count: int) -> tuple[list[Path], list[str]]:
+    """Train what is not complete. -> folders with results, what to say of runs that failed"""
+    finished = []
+    failures = []
+    for number, (config, why) in enumerate(plan_, start=1):
+        folder = runs.Folder(config)
+        try:
+            complete = runs.is_complete(folder)
+            state = " is complete" if complete else ""
+            print(f"run {number} of {count}: {folder.path}{state}\n", flush=True)
+            if not complete:
+                run(config, why)
+            finished.append(folder.path)
+        except UserError as error:
+            print(f"failed: {error}\n", flush=True)
+            failures.append(f"{folder.path}: {error}")
+    return finished, failures
+
+
+def experiment(given: dict[str, Any]) -> None:
+    """Everything from options by name to the comparison. Raises UserError for runs that failed."""
+    out = Path(given.pop("out", "runs"))
+    control = given.pop("control", False)
+    axes = {}
+    for name, option in AXES.items():
+        default = ["fedavg", "fedgs"] if name == "method" else [getattr(Config, name)]
+        values = given.pop(option, default)
+        axes[name] = list(dict.fromkeys(values))  # each once
+    if control and "fedgs" not in axes["method"]:
+        raise UserError(
+            "--control needs a FedGS run to take its mean eta from: add it to --methods"
+        )
+
+    planned = plan(given, axes, out)
+    count = len(planned)
+    if control:
+        count += sum(config.method == "fedgs" for config, _ in planned)
+        finished, failures = run_all(with_controls(planned, out), count)
+    else:
+        finished, failures = run_all(iter(planned), count)
+
+    if finished:
+        print("\n" + compare.report(compare.compare(finished)))
+        names = " ".join(str(folder) for folder in finished)
+        print(f"\nto draw it: python -m tools.compare {names} --plot comparison.png")
+    if failures:
+        raise UserError(f"{len(failures)} of {count} runs failed: " + "; ".join(failures))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    with readable_errors("tools.experiment", interrupted=processes.GO_ON):
+        if processes.under_torchrun():
+            raise UserError("start an experiment without torchrun: its runs come one after another")
+        processes.end_on_sigterm()
+        experiment(vars(parse(sys.argv[1:] if arguments is None else arguments)))
+
+
+if __name__ == "__main__":
+    main()

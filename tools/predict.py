@@ -1,0 +1,253 @@
+"""Masks for images and CT volumes of your own.
+
+    python -m tools.predict --checkpoint best.pt --out masks scan.jpg frames/
+    python -m tools.predict --checkpoint lits.pt --out masks volume-*.nii.gz
+    python -m tools.predict --checkpoint published.pt --dataset polypgen --model sd-utnet --out …
+
+An image leaves NAME_mask.png (0 or 255) and NAME_overlay.png at its own size, a CT volume
+NAME_mask.nii.gz with its own shape, affine and spacing. Of a folder, all images or volumes directly
+in it are taken, except masks. Nothing is overwritten, and a file that cannot be read does not keep
+the others from being segmented.
+"""
+
+import functools
+import gzip
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import torch
+from PIL import Image, ImageColor, ImageDraw, PngImagePlugin
+from scipy import ndimage
+from tqdm import tqdm
+
+from data import open_image
+from fedgs import Config, predict
+from support import options, pictures, runs, volumes
+from support.errors import UserError, readable_errors
+from support.files import replacing
+from tools.common import DESCRIBES, describe_origin, open_checkpoint
+
+READS = {  # data set -> suffixes of what a network for it reads
+    "polypgen": (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"),
+    "lits": (".nii", ".nii.gz"),
+}
+RESULTS = {"polypgen": ("_mask.png", "_overlay.png"), "lits": ("_mask.nii.gz",)}
+MASKS = re.compile(r"segmentation-.*|.*_(mask|overlay)\..*")  # truths and earlier results
+COLOUR = np.array(ImageColor.getrgb(pictures.SKY))  # of predictions, as in the other pictures
+
+Predict = Callable[[torch.Tensor, tuple[int, int]], torch.Tensor]
+
+
+def find_inputs(paths: Sequence[str], dataset: str) -> dict[str, Path]:
+    """Files to segment, and in place of a folder those in it. -> {name of the results: path}
+
+    Raises UserError for what is not there, is of a kind that a network for this data set does not
+    read, or would have the same results as another file.
+    """
+    reads = ", ".join(READS[dataset])
+    files = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = files_in(path, dataset)
+            if not inside:
+                raise UserError(
+                    f"{path} holds none of {reads}, which a network for {dataset} reads"
+                )
+            files.extend(inside)
+        elif not path.exists():
+            raise UserError(f"{path}: no such file")
+        elif not suffix(path, dataset):
+            raise UserError(f"{path}: a network for {dataset} reads {reads}")
+        else:
+            files.append(path)
+
+    named = {}
+    for path in files:
+        name = path.name.removesuffix(suffix(path, dataset))
+        if named.get(name, path) != path:
+            raise UserError(
+                f"{named[name]} and {path} would have the same results: give them other names, or "
+                "predict them apart"
+            )
+        named[name] = path
+    return named
+
+
+def files_in(folder: Path, dataset: str) -> list[Path]:
+    """What a network for this data set reads, directly in a folder, but for masks."""
+    files = [item for item in sorted(folder.iterdir()) if item.is_file()]
+    readable = [item for item in files if suffix(item, dataset)]
+    return [item for item in readable if not MASKS.fullmatch(item.name)]
+
+
+def suffix(path: Path, dataset: str) -> str:
+    """The suffix of a file that a network for this data set reads; empty for another file."""
+    for known in READS[dataset]:
+        if path.name.lower().endswith(known):
+            return path.name[-len(known) :]
+    return ""
+
+
+def segment_files(
+    predict: Predict, inputs: dict[str, Path], folder: Path, dataset: str, size: int, source: str
+) -> list[str]:
+    """Segment one file after another. -> messages of those that could not be read
+
+    predict: images (N, C, size, size) uint8 and (height, width) -> masks (N, 1, height, width)
+    bool; inputs: see `find_inputs`; source: what the network was trained on, which is written into
+    every file. Raises UserError, before anything is written, where results are there already.
+    """
+    targets = {}
+    for name in inputs:
+        targets[name] = [folder / f"{name}{ending}" for ending in RESULTS[dataset]]
+        for path in targets[name]:
+            if path.exists():
+                raise UserError(f"{path} is there already: choose another --out")
+
+    failures = []
+    with tqdm(inputs.items(), unit="file", leave=False, disable=None) as bar:
+        for name, path in bar:
+            bar.set_description(name)
+            try:
+                if dataset == "lits":
+                    [mask_path] = targets[name]
+                    found = segment_volume(predict, path, mask_path, size, source)
+                else:
+                    mask_path, overlay_path = targets[name]
+                    found = segment_image(predict, path, mask_path, overlay_path, size, source)
+            except UserError as error:
+                failures.append(str(error))
+                continue
+            bar.write(f"{path}: {found} -> {', '.join(map(str, targets[name]))}")
+    return failures
+
+
+# ---------------------------------------------------------------------------------------- an image
+
+
+def segment_image(
+    predict: Predict, path: Path, mask_path: Path, overlay_path: Path, size: int, source: str
+) -> str:
+    """One image: its mask, 0 or 255, and the mask drawn over it. -> what was found"""
+    image = open_image(path, "RGB")
+    pixels = np.array(image.resize((size, size), Image.Resampling.BILINEAR))
+    batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    mask = predict(batch, (image.height, image.width))[0, 0].numpy()
+
+    save_png(mask_path, Image.fromarray(mask).convert("L"), source)
+    save_png(overlay_path, overlay(image, mask, source), source)
+
+    count = ndimage.label(mask, np.ones((3, 3)))[1]
+    if not count:
+        return "no lesion"
+    return f"{count} component{'s' if count > 1 else ''}, {mask.mean():.1%} of the image"
+
+
+def save_png(path: Path, picture: Image.Image, source: str) -> None:
+    """A PNG file that says what the network was trained on."""
+    about = PngImagePlugin.PngInfo()
+    about.add_text("Comment", source)
+    with replacing(path) as new:
+        picture.save(new, "PNG", pnginfo=about)
+
+
+def overlay(image: Image.Image, mask: np.ndarray, source: str) -> Image.Image:
+    """An image with a mask (H, W) bool as a tint, and its outline as a line."""
+    pixels = np.asarray(image).astype(np.float32)
+    pixels[mask] = 0.7 * pixels[mask] + 0.3 * COLOUR
+    width = max(1, round(min(mask.shape) / 250))
+    pixels[mask & ~ndimage.binary_erosion(mask, iterations=width)] = COLOUR
+
+    drawn = Image.fromarray(pixels.round().astype(np.uint8))
+    if "stand-in" in source:
+        ImageDraw.Draw(drawn).text(
+            (4, 4), source, fill="white", stroke_width=1, stroke_fill="black"
+        )
+    return drawn
+
+
+# ------------------------------------------------------------------------------------- a CT volume
+
+
+def segment_volume(predict: Predict, path: Path, mask_path: Path, size: int, source: str) -> str:
+    """One CT volume: a mask, 0 or 1, with its shape, affine and spacing. -> what was found
+
+    Slices run along the third axis, as in LiTS. Sixteen of them are in memory at a time: the mask
+    is written as it grows.
+    """
+    volume = volumes.open_volume(path)
+    volumes.check_whole(path, volume)
+    height, width, depth = volume.shape
+    pixels = 0
+    with_lesion = 0
+
+    with replacing(mask_path) as new, gzip.open(new, "wb", compresslevel=6) as file:
+        mask_header(volume.header, source).write_to(file)
+        blocks = range(0, depth, volumes.BLOCK)
+        for start in tqdm(blocks, desc=path.name, unit="block", leave=False, disable=None):
+            hu = volumes.read_block(volume, path, start)
+            slices = [volumes.to_size(grey, size) for grey in volumes.window(hu, path)]
+            batch = torch.from_numpy(np.stack(slices)).permute(0, 3, 1, 2)
+            masks = predict(batch, (height, width))[:, 0].numpy()
+
+            # NIfTI's first axis runs fastest.
+            block = masks.transpose(1, 2, 0).astype(np.uint8)
+            file.write(block.tobytes(order="F"))
+            pixels += int(masks.sum())
+            with_lesion += int(masks.any((1, 2)).sum())
+
+    if not pixels:
+        return "no lesion"
+    voxel = float(np.prod(volume.header.get_zooms()[:3])) / 1000
+    return f"lesion in {with_lesion} of {depth} slices, {pixels * voxel:.1f} ml"
+
+
+def mask_header(header: nibabel.Nifti1Header, source: str) -> nibabel.Nifti1Header:
+    """The header of a mask: its volume's shape, spacing and orientation, other values."""
+    header = header.copy()
+    header.extensions.clear()
+    header.set_data_dtype(np.uint8)
+    header.set_slope_inter(1, 0)
+    header["vox_offset"] = 0  # the values follow directly
+    header["cal_min"] = 0
+    header["cal_max"] = 1
+    header["descrip"] = f"lesion mask, {source}".encode()[:79]
+    return header
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line. Exits with 2 where a file could not be read; the others are segmented."""
+    with readable_errors("tools.predict"):
+        parser = options.new_parser(__doc__, "python -m tools.predict")
+        parser.add_argument("paths", nargs="+", metavar="PATH", help="images, volumes, folders")
+        parser.add_argument("--checkpoint", type=Path, required=True, help="a network's .pt file")
+        parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+        options.add_options(parser, Config, DESCRIBES)
+        given = vars(parser.parse_args(arguments))
+
+        paths = given.pop("paths")
+        checkpoint = given.pop("checkpoint")
+        out = given.pop("out")
+        network, config, about = open_checkpoint(checkpoint, given)
+        inputs = find_inputs(paths, config.dataset)
+
+        origin = describe_origin(about)
+        size = config.image_size
+        print(f"{checkpoint}: {runs.run_name(config)}, {origin}, {size}x{size}", flush=True)
+        of_network = functools.partial(predict, network)
+        source = f"FedGS, {origin}"
+        failures = segment_files(of_network, inputs, out, config.dataset, size, source)
+        if failures:
+            done = len(inputs) - len(failures)
+            message = "; ".join(failures)
+            raise UserError(f"{message} ({done} of {len(inputs)} files were segmented)")
+
+
+if __name__ == "__main__":
+    main()
