@@ -296,8 +296,21 @@ def write_slices(volume_path: Path, segmentation_path: Path, folder: Path) -> di
         numbers.append(number)
         mask = np.where(tumour, np.uint8(255), np.uint8(0))
         for name, pixels in ((grey_name(number), grey), (mask_name(number), mask)):
-            # Another process may be reading the same file: it is never half written.
-            with files.replacing(folder / name) as new:
-                Image.fromarray(pixels).save(new, "PNG", compress_level=1)
+            save_png(folder / name, pixels)
             lengths[name] = (folder / name).stat().st_size
     return {"slices": numbers, "bytes": lengths}
+
+
+def save_png(path: Path, pixels: np.ndarray) -> None:
+    """Write an image of the cache. Another process may be reading it: it is never half written.
+
+    Waiting for the disk after each of thousands, as `files.replacing` does, would take longer than
+    cutting them. After a power cut, the lengths in the index tell what has not arrived.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{files.TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        Image.fromarray(pixels).save(new, "PNG", compress_level=1)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)

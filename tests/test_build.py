@@ -1,5 +1,4 @@
-"""Building the kernels: with and without a compiler, under the sanitizers, and what nvcc makes of
-them."""
+"""Building the kernels: with and without a compiler, under sanitizers, and what nvcc produces."""
 
 import os
 import re
@@ -135,22 +134,25 @@ def test_variables_that_cannot_be_read(checkout, variable, value):
 @pytest.mark.skipif(sys.platform != "linux", reason="preloads the sanitizer as Linux does")
 def test_cpu_kernels_under_the_sanitizers(checkout):
     """Their tests once more, with AddressSanitizer and UBSan watching kernels_cpu.cpp."""
-    asked = call(["g++", "-print-file-name=libasan.so"], checkout)
-    library = asked.stdout.strip()
-    if not os.path.isabs(library):
+    asan = call(["g++", "-print-file-name=libasan.so"], checkout).stdout.strip()
+    if not os.path.isabs(asan):
         pytest.skip("this compiler has no AddressSanitizer")
+
+    # The sanitizer looks for the function that throws before Python has loaded C++'s library.
+    stdcxx = call(["g++", "-print-file-name=libstdc++.so.6"], checkout).stdout.strip()
 
     flags = "-g -fsanitize=address,undefined -fno-sanitize-recover=all"
     result = build(checkout, FEDGS_KERNELS="cpp", CXX="g++", CXXFLAGS=flags)
     assert result.returncode == 0, result.stdout + result.stderr
 
     selected = "(cpu or bit or refused) and not round"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    # -s: pytest would otherwise keep what the sanitizer says before it ends the process.
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]
     command += ["tests/test_kernels.py", "-k", selected]
     tests = call(
         command,
         checkout,
-        LD_PRELOAD=library,
+        LD_PRELOAD=f"{asan} {stdcxx}",
         ASAN_OPTIONS="detect_leaks=0",
         PYTHONPATH=str(checkout),
     )

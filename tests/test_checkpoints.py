@@ -28,7 +28,7 @@ def path(network, tmp_path):
     return path
 
 
-# ------------------------------------------------------------------------------------------ whole
+# -------------------------------------------------------------------------------------------- whole
 
 
 def test_weights_and_facts_come_back(network, path):
@@ -76,7 +76,7 @@ def test_saving_replaces_a_file_whole(network, path, tmp_path):
     assert {item.name for item in tmp_path.iterdir()} == {"best.pt", "copy.pt"}
 
 
-# ----------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------- damage
 
 
 def half(path):
@@ -193,7 +193,7 @@ def test_metadata_of_another_kind(network, path):
         checkpoints.read_weights(path)
 
 
-# --------------------------------------------------------------------------------- another network
+# ---------------------------------------------------------------------------------- another network
 
 
 def test_weights_are_loaded(network, path):

@@ -30,7 +30,7 @@ def checkpoint(tmp_path):
     return save_checkpoint(tmp_path / "best.pt")
 
 
-# ------------------------------------------------------------------------- of this project
+# ---------------------------------------------------------------------------------- of this project
 
 
 @pytest.mark.parametrize("model", ["utnet", "sd-utnet"])
@@ -95,7 +95,7 @@ def test_the_arithmetic_is_that_of_a_run(checkpoint, monkeypatch):
     assert not torch.backends.cudnn.allow_tf32
 
 
-# ---------------------------------------------------------------------------- damaged ones
+# ------------------------------------------------------------------------------------- damaged ones
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_weights_that_do_not_fit_their_configuration(checkpoint):
         open_checkpoint(checkpoint, {})
 
 
-# ------------------------------------------------------------------------- bare state dicts
+# --------------------------------------------------------------------------------- bare state dicts
 
 
 def test_of_a_bare_state_dict_options_say_what_it_is(tmp_path):

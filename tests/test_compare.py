@@ -579,3 +579,19 @@ def test_what_cannot_be_drawn(tmp_path, capsys, two_methods):
     refuses(capsys, [*two_methods, other, "--plot", path], "one data set and network")
     refuses(capsys, [*two_methods, "--plot", tmp_path / "x.bmp"], "x.bmp", ".png, .pdf or .svg")
     assert not path.exists()
+
+
+# --------------------------------------------------------------------------------------- labels
+
+
+def test_a_label_makes_one_group_of_runs_that_differ(two_methods, tmp_path):
+    """The control's server learning rate is another one for every seed."""
+    for seed, rate in ((0, 1.121), (1, 1.118)):
+        made = {"method": "fedavg", "seed": seed, "server_lr": rate, "label": "control"}
+        two_methods.append(make_run(tmp_path / f"c{seed}", cases(0.1, 0.2, 0.3, 0.4), **made))
+    [section] = compare.compare(two_methods)
+    assert {label: len(group) for label, group in section.groups.items()} == {
+        "control": 2,
+        "fedavg": 2,
+        "fedgs": 2,
+    }

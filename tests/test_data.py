@@ -75,6 +75,10 @@ def read_scans(root, **options):
     return data.load("lits", root, **(usual | options))
 
 
+def never(*_):
+    pytest.fail("done again")
+
+
 def volumes_of(images):
     """The numbers of the volumes of these images in order, each once."""
     numbers = [int(name.split("_")[0].removeprefix("volume-")) for name in images.names]
@@ -297,14 +301,11 @@ def test_a_stand_in_is_drawn_where_it_is_not_yet(few, tmp_path, monkeypatch):
     read_drawn_frames(tmp_path)
     read_drawn_scans(tmp_path)
 
-    def never(*_):
-        pytest.fail("drawn again")
-
     monkeypatch.setattr(standin, "polypgen_frames", never)
     monkeypatch.setattr(standin, "lits_volumes", never)
     read_drawn_frames(tmp_path)
     read_drawn_scans(tmp_path)
-    with pytest.raises(pytest.fail.Exception, match="drawn again"):
+    with pytest.raises(pytest.fail.Exception, match="done again"):
         read_drawn_frames(tmp_path, size=64)
 
 
@@ -555,7 +556,7 @@ def test_folds_are_of_volumes(scans, fold):
 def test_slices_are_kept_in_a_cache_for_every_size(scans, monkeypatch):
     first = read_scans(scans)
     assert len(list((scans / "fedgs-cache").iterdir())) == 12
-    monkeypatch.setattr(volumes, "cut_slices", lambda *_: pytest.fail("cut again"))
+    monkeypatch.setattr(volumes, "cut_slices", never)
     assert read_scans(scans).fingerprint == first.fingerprint
     larger = read_scans(scans, size=32)
     assert larger.out_test.images.shape == (4, 1, 32, 32)
@@ -675,10 +676,10 @@ def test_small_by_the_smallest_polyp():
 
 
 def test_frames_are_measured_at_512(tmp_path):
-    """Two polyps of one row each, where 512 x 512 has room for a larger image's."""
+    """Polyps three rows high, of which half the resolution keeps the one in the middle."""
     mask = np.zeros((1024, 1024), np.uint8)
-    mask[100:102, :1000] = 255
-    mask[200:202, :4] = 255
+    mask[100:103, :1000] = 255
+    mask[200:203, :4] = 255
     record = record_of(tmp_path, np.zeros((1024, 1024, 3), np.uint8), mask)
     _, _, inverse_area, small = data.read_record(record, "polypgen", 64, 150)
     assert inverse_area == 512 * 512 / 502
@@ -893,6 +894,20 @@ def test_neutral_jitter_changes_nothing(generator):
     images = torch.rand(2, 3, 8, 8, generator=generator)
     neutral = torch.full((2, 4), 0.5)
     torch.testing.assert_close(data.jitter_colours(images, neutral), images, rtol=0, atol=1e-5)
+
+
+def test_which_draw_decides_what(generator):
+    images, masks = scene(generator)
+    draws = torch.tensor(STILL).expand(2, 9).clone()
+    draws[:, 4] = 0.1  # jitter, but nothing changes yet
+    still, _ = augment(images, masks, draws)
+    torch.testing.assert_close(still, images / 255, rtol=0, atol=1e-4)
+
+    for i, name in enumerate(("brightness", "contrast", "saturation", "hue"), start=5):
+        changed = draws.clone()
+        changed[:, i] = 1.0
+        expected = jitter(still, **{name: 1.0})
+        torch.testing.assert_close(augment(images, masks, changed)[0], expected)
 
 
 def test_normalise():

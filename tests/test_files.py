@@ -9,7 +9,7 @@ import pytest
 from support import files
 from support.errors import UserError
 
-# --------------------------------------------------------------------------------- whole or not at all
+# ------------------------------------------------------------------------------ whole or not at all
 
 
 def test_a_new_file_takes_the_place_of_the_old_one(tmp_path):
@@ -91,7 +91,7 @@ def test_text_is_utf_8(tmp_path):
     assert (tmp_path / "notes.txt").read_bytes() == "η\n".encode()
 
 
-# --------------------------------------------------------------------------------------- CSV and JSON
+# ------------------------------------------------------------------------------------- CSV and JSON
 
 
 def test_csv_comes_back(tmp_path):

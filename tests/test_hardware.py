@@ -23,7 +23,7 @@ CONFIG = fedgs.Config(batch_size=4, lr=1e-3, image_size=64, width=4, precision="
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-# -------------------------------------------------------------------------------- device and precision
+# ----------------------------------------------------------------------------- device and precision
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_cores_of_this_process(monkeypatch):
     assert hardware.available_cores() == 64
 
 
-# ---------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 def calls_to_libc(monkeypatch, name):
@@ -124,7 +124,7 @@ def test_torch_is_prepared(monkeypatch):
     assert calls == ["memory"]
 
 
-# --------------------------------------------------------------------------------------------- kernels
+# ------------------------------------------------------------------------------------------ kernels
 
 
 def compiled(monkeypatch, problem=""):
@@ -189,7 +189,7 @@ def test_the_choice_is_a_set_of_operations(monkeypatch):
     assert fedgs.choose_kernels("torch", CPU)[0] is fedgs.PYTORCH
 
 
-# -------------------------------------------------------------------------------------------- on a GPU
+# ----------------------------------------------------------------------------------------- on a GPU
 
 
 def some_batch(generator):

@@ -1,5 +1,7 @@
 """python -m tools.predict: masks of one's own images and volumes."""
 
+import gzip
+
 import nibabel
 import numpy as np
 import pytest
@@ -72,7 +74,7 @@ def segment(inputs, out, dataset, size, source=SOURCE, network=bright):
     return predict.segment_files(network, inputs, out, dataset, size, source)
 
 
-# ------------------------------------------------------------------------------- what is segmented
+# -------------------------------------------------------------------------------- what is segmented
 
 
 def test_of_a_folder_all_but_masks(tmp_path):
@@ -100,12 +102,16 @@ def test_what_cannot_be_predicted(tmp_path, capsys, checkpoint, ct_checkpoint):
     refused(capsys, main(checkpoint, out, tmp_path / "none.png"), "none.png: no such file")
     code = main(ct_checkpoint, out, frame)
     refused(capsys, code, "a.png: a network for lits reads .nii, .nii.gz")
-    refused(capsys, main(checkpoint, out, checkpoint), "best.pt", ".png")
+    code = main(checkpoint, out, checkpoint)
+    refused(capsys, code, "best.pt", ".png")
 
-    (tmp_path / "empty").mkdir()
-    refused(capsys, main(checkpoint, out, tmp_path / "empty"), "empty holds none of", ".png")
-    twin = write_image(tmp_path / "empty" / "a.bmp")
-    refused(capsys, main(checkpoint, out, frame, twin), "a.png", "a.bmp", "same results")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    code = main(checkpoint, out, empty)
+    refused(capsys, code, "empty holds none of", ".png")
+    twin = write_image(empty / "a.bmp")
+    code = main(checkpoint, out, frame, twin)
+    refused(capsys, code, "a.png", "a.bmp", "same results")
     assert not out.exists()
 
 
@@ -136,7 +142,7 @@ def test_nothing_is_overwritten(tmp_path, capsys, checkpoint):
     assert (out / "b_overlay.png").read_bytes() == before
 
 
-# ----------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 
 
 def test_mask_and_overlay_of_an_image(tmp_path):
@@ -251,9 +257,16 @@ def test_pixels_that_would_be_cut_off(tmp_path, capsys, checkpoint):
     refused(capsys, code, "deep.png", "I;16", "8 bits", "0 of 1")
 
 
-# ---------------------------------------------------------------------------------------- volumes
+# ------------------------------------------------------------------------------------------ volumes
 
-OBLIQUE = np.array([[0.0, -0.7, 0.1, 12], [0.8, 0, 0, -30], [0, 0.05, 2.5, 7], [0, 0, 0, 1]])
+OBLIQUE = np.array(
+    [
+        [0.0, -0.7, 0.1, 12.0],
+        [0.8, 0.0, 0.0, -30.0],
+        [0.0, 0.05, 2.5, 7.0],
+        [0.0, 0.0, 0.0, 1.0],
+    ]
+)
 
 
 def write_oblique_volume(path, kind):
@@ -297,6 +310,11 @@ def test_mask_of_a_volume(tmp_path, suffix, kind):
     assert len(mask.header.extensions) == 0
     assert source.encode() in mask.header["descrip"].tobytes()
     assert set(np.unique(np.asarray(mask.dataobj))) == {0, 1}
+
+    # As other programs see it: the volume's scale is not the mask's.
+    with gzip.open(tmp_path / "out" / "scan_mask.nii.gz") as file:
+        header = type(mask.header).from_fileobj(file)
+    assert (header["scl_slope"], header["scl_inter"], header["cal_max"]) == (1, 0, 1)
 
 
 def test_voxels_of_a_mask(tmp_path):
@@ -393,7 +411,7 @@ def test_real_volumes(tmp_path, ct_checkpoint):
         assert set(np.unique(np.asarray(mask.dataobj))) <= {0, 1}
 
 
-# -------------------------------------------------------------------------- published checkpoints
+# ---------------------------------------------------------------------------- published checkpoints
 
 
 def test_a_bare_state_dict_by_option(tmp_path, capsys):

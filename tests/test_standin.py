@@ -31,6 +31,17 @@ def test_frames_are_drawn_from_a_seed():
     assert len({digest(*frames) for frames in (first, other, elsewhere)}) == 3
 
 
+def test_centres_differ_in_more_than_their_polyps(monkeypatch):
+    def no_polyps(of, count, rng):
+        return [[]] * count
+
+    monkeypatch.setattr(standin, "plan_polyps", no_polyps)
+    monkeypatch.setitem(standin.CAMERAS, "C3", standin.CAMERAS["C2"])
+    one, _ = standin.polypgen_frames("C2", 2, 48)
+    other, _ = standin.polypgen_frames("C3", 2, 48)
+    assert len({digest(frame) for frame in (*one, *other)}) == 4
+
+
 def test_frames_show_the_same_scene_at_every_size():
     fine, fine_masks = standin.polypgen_frames("C3", 6, 128)
     coarse, coarse_masks = standin.polypgen_frames("C3", 6, 64)
@@ -46,6 +57,9 @@ def test_frames_have_the_published_statistics(centre):
     _, masks = standin.polypgen_frames(centre, 200, 128)
     areas = np.array([data.inverse_area(mask) for mask in masks])
     assert np.isinf(areas).sum() == round(200 * known.empty / known.frames)
+    plan = standin.plan_polyps(known, 200, np.random.default_rng(0))
+    several = sum(len(polyps) > 1 for polyps in plan)
+    assert several == round(200 * known.several / known.frames)
     realised = np.quantile(areas[np.isfinite(areas)], [0.05, 0.25, 0.5, 0.75, 0.95])
     assert realised == pytest.approx(known.quantiles, rel=0.12)
 

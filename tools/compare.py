@@ -155,20 +155,13 @@ def compare_section(runs: list[Run]) -> Section:
 
 def group_runs(runs: list[Run]) -> dict[str, Group]:
     """{label: runs}, in the labels' order. Raises UserError for the same run twice."""
-    # More rounds make another method of it, although a run may go on for more of them.
-    ignored = flagged(Config, "free") - {"rounds"} | {"method", "fold", "seed"}
-    options = dict.fromkeys(name for run in runs for name in run.config if name not in ignored)
-    differing = [name for name in options if values_differ(runs, name)]
+    # A label that was given says all. The others are told apart by what they differ in.
+    unlabelled = [run for run in runs if not run.config.get("label")]
+    differing = options_that_differ(unlabelled)
 
     groups: dict[str, Group] = {}
     for run in runs:
-        method = run.config["method"]
-        if method == "unknown":  # a published checkpoint: nobody wrote down how it was trained
-            method = run.folder.name
-
-        # What they differ in tells the groups apart, as the control's server_lr does.
-        label = ", ".join([method, *(f"{name} {run.config.get(name)}" for name in differing)])
-
+        label = run.config.get("label") or describe_method(run, differing)
         group = groups.setdefault(label, [])
         for other in group:
             if other.part == run.part:
@@ -179,6 +172,22 @@ def group_runs(runs: list[Run]) -> dict[str, Group]:
                 )
         group.append(run)
     return dict(sorted(groups.items()))
+
+
+def options_that_differ(runs: list[Run]) -> list[str]:
+    """Names of the options that make other methods of these runs."""
+    # More rounds make another method of it, although a run may go on for more of them.
+    ignored = flagged(Config, "free") - {"rounds"} | {"method", "fold", "seed"}
+    options = dict.fromkeys(name for run in runs for name in run.config if name not in ignored)
+    return [name for name in options if values_differ(runs, name)]
+
+
+def describe_method(run: Run, differing: list[str]) -> str:
+    """A run's method and the options in which it differs, as "fedavg, server_lr 1.12"."""
+    method = run.config["method"]
+    if method == "unknown":  # a published checkpoint: nobody wrote down how it was trained
+        method = run.folder.name
+    return ", ".join([method, *(f"{name} {run.config.get(name)}" for name in differing)])
 
 
 def values_differ(runs: list[Run], option: str) -> bool:

@@ -25,7 +25,7 @@ import numpy as np
 
 import data
 from fedgs import DATASETS, PRESETS, Config, configure, run
-from support import options, processes, runs
+from support import hardware, options, processes, runs
 from support.errors import UserError, readable_errors
 from support.files import read_csv
 from tools import compare
@@ -59,6 +59,11 @@ def plan(given: dict[str, Any], axes: dict[str, list], out: Path) -> list[tuple[
         config, why = configure({**given, "method": method, "fold": fold, "seed": seed})
         config = replace(config, out=str(out / runs.run_name(config)))
         options.check(config, data.CENTRES[config.dataset])
+
+        # Folders tell which arithmetic was chosen, never "auto".
+        device = hardware.choose_device(config.device)
+        precision = hardware.choose_precision(config.precision, device)
+        config = replace(config, precision=precision)
 
         folder = runs.Folder(config)
         if not runs.is_complete(folder):
