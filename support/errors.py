@@ -9,15 +9,22 @@ class UserError(ValueError):
     """Something a person can put right. The message says what was wrong, where, and what to do."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, with which schedulers and torchrun end a run: like Ctrl-C, it ends everything."""
+
+
 @contextlib.contextmanager
 def readable_errors(program: str, interrupted: str = "") -> Iterator[None]:
-    """End the program with one line on stderr: exit code 2 for an error, 130 when interrupted.
+    """End the program with one line on stderr: exit code 2 for an error, 130 for Ctrl-C, 143 for
+    SIGTERM.
 
     interrupted says what to do next. Errors of other kinds are faults of this program, and keep
     their traceback.
     """
     try:
         yield
+    except Terminated:
+        end(program, f"stopped by SIGTERM; {interrupted or 'what was written stays'}", 143)
     except KeyboardInterrupt:
         end(program, f"interrupted; {interrupted or 'what was written stays'}", 130)
     except Exception as error:

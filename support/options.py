@@ -164,21 +164,6 @@ def refuse_moved(arguments: list[str]) -> None:
             raise UserError(f"{name} takes one value here; several: {MOVED[name + 's']}")
 
 
-def to_arguments(config: object) -> list[str]:
-    """The command line that gives this configuration: every option that is not at its default."""
-    arguments = []
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if value == f.default:
-            continue
-        arguments.append(spelling(f.name))
-        if isinstance(value, tuple):
-            arguments.extend(value)
-        elif not isinstance(value, bool):
-            arguments.append(repr(value) if isinstance(value, float) else str(value))
-    return arguments
-
-
 # ------------------------------------------------------------------------------------------ checks
 
 

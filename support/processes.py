@@ -30,7 +30,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from support import hardware
-from support.errors import UserError, for_people
+from support.errors import Terminated, UserError, for_people
 
 GO_ON = "the same command with --resume goes on from the last whole round"
 PATIENCE = timedelta(days=7)  # how long one may wait for another; one that died is noticed at once
@@ -418,9 +418,9 @@ def start_group() -> None:
 
 
 def end_on_sigterm() -> None:
-    """SIGTERM, with which schedulers and torchrun end a run, is an error for people."""
+    """SIGTERM ends a run with a line that says how it goes on."""
 
     def stop(*_: object) -> NoReturn:
-        raise UserError(f"stopped by SIGTERM; {GO_ON}")
+        raise Terminated
 
     signal.signal(signal.SIGTERM, stop)

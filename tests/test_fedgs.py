@@ -981,8 +981,8 @@ def test_sigterm_is_a_line(cache, tmp_path):
     process.stdout.read(1)
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert error.startswith("fedgs.py: error: stopped by SIGTERM; ")
+    assert process.returncode == 143
+    assert error.startswith("fedgs.py: stopped by SIGTERM; ")
     assert "--resume" in error
     assert error.count("\n") == 1
 

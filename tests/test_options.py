@@ -5,7 +5,6 @@ from dataclasses import fields, replace
 import pytest
 
 import data
-import fedgs
 from fedgs import DATASETS, PRESETS, Config
 from support import options
 from support.errors import UserError
@@ -57,15 +56,6 @@ def test_what_is_no_option_of_a_run(arguments, words):
         parse(*arguments)
     for word in words:
         assert word in str(caught.value)
-
-
-def test_a_configuration_as_a_command_line():
-    config = Config(lr=1e-3, centres=("C1", "C6"), resume=True, split="centre", label="control")
-    arguments = options.to_arguments(config)
-    assert fedgs.configure({"preset": "paper", **parse(*arguments)})[0] == replace(
-        config, preset="paper"
-    )
-    assert options.to_arguments(Config()) == []
 
 
 def test_flags():

@@ -16,7 +16,7 @@ of the same fold and seed measured.
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator
+from collections import deque
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -73,39 +73,52 @@ def plan(given: dict[str, Any], axes: dict[str, list], out: Path) -> list[tuple[
 
 
 def control_of(config: Config, out: Path) -> Config:
-    """FedAvg with the mean eta of a finished FedGS run as its server learning rate."""
-    rows = read_csv(runs.Folder(config).path / "rounds.csv", ("eta",))
-    mean_eta = float(np.mean([float(row["eta"]) for row in rows]))
+    """FedAvg with the mean eta of a finished FedGS run as its server learning rate.
+
+    Raises UserError for a table of rounds that is damaged.
+    """
+    path = runs.Folder(config).path / "rounds.csv"
+    rows = read_csv(path, ("eta",))
+    try:
+        mean_eta = float(np.mean([float(row["eta"]) for row in rows]))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): there is no control for its run") from error
+
     control = replace(config, method="fedavg", server_lr=mean_eta, label="control")
     return replace(control, out=str(out / runs.run_name(control)))
 
 
-def with_controls(planned: list[tuple[Config, str]], out: Path) -> Iterator[tuple[Config, str]]:
-    """The plan, with the control of each FedGS run behind it: by then its eta is known."""
-    for config, why in planned:
-        yield config, why
-        finished = (runs.Folder(config).path / "results.json").exists()
-        if config.method == "fedgs" and finished:
-            yield control_of(config, out), why
+def run_all(
+    planned: list[tuple[Config, str]], control: bool, out: Path
+) -> tuple[list[Path], list[str]]:
+    """Train what is not complete. -> folders with results, what to say of runs that failed
 
-
-def run_all(plan_: Iterator[tuple[Config, str]], count: int) -> tuple[list[Path], list[str]]:
-    """Train what is not complete. -> folders with results, what to say of runs that failed"""
+    control: behind each FedGS run comes its control, whose server learning rate is known by then.
+    """
+    waiting = deque(planned)
     finished = []
     failures = []
-    for number, (config, why) in enumerate(plan_, start=1):
+    while waiting:
+        config, why = waiting.popleft()
         folder = runs.Folder(config)
         try:
-            complete = runs.is_complete(folder)
-            state = " is complete" if complete else ""
-            print(f"run {number} of {count}: {folder.path}{state}\n", flush=True)
-            if not complete:
-                run(config, why)
+            train_unless_complete(config, why, folder)
             finished.append(folder.path)
+            if control and config.method == "fedgs":
+                waiting.appendleft((control_of(config, out), why))
         except UserError as error:
             print(f"failed: {error}\n", flush=True)
             failures.append(f"{folder.path}: {error}")
     return finished, failures
+
+
+def train_unless_complete(config: Config, why: str, folder: runs.Folder) -> None:
+    """One run. Raises UserError where it is refused."""
+    if runs.is_complete(folder):
+        print(f"{folder.path} is complete\n", flush=True)
+        return
+    print(f"{folder.path}\n", flush=True)
+    run(config, why)
 
 
 def experiment(given: dict[str, Any]) -> None:
@@ -123,18 +136,14 @@ def experiment(given: dict[str, Any]) -> None:
         )
 
     planned = plan(given, axes, out)
-    count = len(planned)
-    if control:
-        count += sum(config.method == "fedgs" for config, _ in planned)
-        finished, failures = run_all(with_controls(planned, out), count)
-    else:
-        finished, failures = run_all(iter(planned), count)
+    finished, failures = run_all(planned, control, out)
 
     if finished:
         print("\n" + compare.report(compare.compare(finished)))
         names = " ".join(str(folder) for folder in finished)
         print(f"\nto draw it: python -m tools.compare {names} --plot comparison.png")
     if failures:
+        count = len(finished) + len(failures)
         raise UserError(f"{len(failures)} of {count} runs failed: " + "; ".join(failures))
 
 
