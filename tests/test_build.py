@@ -100,6 +100,7 @@ def test_cpu_kernels_compile_without_warnings(checkout, cxx):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_build_that_fails_shows_the_command_and_the_way_out(checkout):
     (checkout / "csrc" / "kernels.h").write_text("#error an edit that went wrong\n")
     result = build(checkout, FEDGS_KERNELS="cpp")

@@ -359,6 +359,7 @@ def simulated(rng, effect, images=60, runs=3):
     return of_images + rng.normal(0, 0.05, (images, runs))
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_in_about_95_of_100_cases():
     rng = np.random.default_rng(5)
     found = [interval_of(simulated(rng, 0.0)) for _ in range(200)]

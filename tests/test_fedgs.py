@@ -854,6 +854,7 @@ def test_last_is_the_aggregate_and_best_is_the_best(run, finished, tmp_path):
         assert_same_weights(finished / f"{name}.pt", of_round[saved["best"][name]["round"]])
 
 
+@pytest.mark.slow
 def test_same_seed_same_rounds(run, finished, tmp_path):
     assert run(tmp_path / "again") == 0
     same_end(tmp_path / "again", finished)
@@ -869,6 +870,7 @@ def test_fedavg_takes_unscaled_steps(run, tmp_path, capsys):
     assert "Dice_S" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_disentangled_run(run, tmp_path):
     """SD-UTNet: the loss's terms, the picture, and a resumed run like an uninterrupted one."""
     options = ["--model", "sd-utnet"]
@@ -941,6 +943,7 @@ def test_killed_and_resumed(run, finished, cache, tmp_path):
     same_end(tmp_path, finished)
 
 
+@pytest.mark.slow
 def test_momentum_is_resumed(run, tmp_path):
     options = ("--server-momentum", 0.9, "--server-lr", 0.5)
     assert run(tmp_path / "whole", *options) == 0
@@ -949,12 +952,14 @@ def test_momentum_is_resumed(run, tmp_path):
     same_end(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_more_rounds_with_resume(run, finished, tmp_path):
     assert run(tmp_path, "--rounds", 1) == 0
     assert run(tmp_path, "--resume") == 0
     same_end(tmp_path, finished)
 
 
+@pytest.mark.slow
 def test_a_client_that_diverges(run, tmp_path, capsys, monkeypatch):
     assert run(tmp_path, "--rounds", 1) == 0
     kept = {path: path.read_bytes() for path in tmp_path.glob("*.pt")}
@@ -970,6 +975,7 @@ def test_a_client_that_diverges(run, tmp_path, capsys, monkeypatch):
     assert {path: path.read_bytes() for path in tmp_path.glob("*.pt")} == kept
 
 
+@pytest.mark.slow
 def test_sigterm_is_a_line(cache, tmp_path):
     options = [*TINY, "--rounds", "1000", "--cache", str(cache), "--out", str(tmp_path)]
     process = subprocess.Popen(
@@ -1013,6 +1019,7 @@ def test_bad_data_folder(run, tmp_path, capsys):
     refused(capsys, run(tmp_path / "run", "--data-root", tmp_path), "a.jpg has no mask")
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_model(run, finished, tmp_path, capsys):
     small = tmp_path / "small"
     wide = tmp_path / "wide"

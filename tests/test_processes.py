@@ -113,7 +113,8 @@ def wait_for(condition, seconds=120):
 # ---------------------------------------------------------------------------------- equal results
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 5])
 def test_workers_are_one_process(square_root, alone, tmp_path, count):
     run = start("--data-root", square_root, "--out", tmp_path / "run", "--workers", count)
     out, error = run.communicate(timeout=300)
@@ -185,6 +186,7 @@ def test_a_process_that_dies_ends_the_run_which_can_go_on(square_root, alone, tm
 
 @on_linux
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.slow
 def test_no_worker_outlives_its_run(square_root, tmp_path, how):
     folder = tmp_path / "run"
     options = ["--data-root", square_root, "--out", folder, "--rounds", 1000, "--workers", 2]
@@ -202,7 +204,8 @@ def test_no_worker_outlives_its_run(square_root, tmp_path, how):
     wait_for(lambda: not os.path.exists(f"/proc/{worker}"), 20)
 
 
-@pytest.mark.parametrize("torchrun", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("torchrun", [0, 2])
 def test_an_error_of_one_process_is_everyones(square_root, tmp_path, torchrun):
     """A damaged image of a centre that process 1 holds: one message, before anything is written."""
     root = tmp_path / "frames"
@@ -219,6 +222,7 @@ def test_an_error_of_one_process_is_everyones(square_root, tmp_path, torchrun):
 
 
 @on_linux
+@pytest.mark.slow
 def test_nothing_listens_where_other_users_could_connect(square_root, tmp_path):
     """Parent and worker share a pipe without a name, and no process waits for connections."""
     folder = tmp_path / "run"

@@ -52,6 +52,7 @@ def test_frames_show_the_same_scene_at_every_size():
 
 
 @pytest.mark.parametrize("centre", data.CENTRES["polypgen"])
+@pytest.mark.slow
 def test_frames_have_the_published_statistics(centre):
     known = standin.POLYPGEN[centre]
     _, masks = standin.polypgen_frames(centre, 200, 128)
@@ -68,6 +69,7 @@ def test_frames_have_the_published_statistics(centre):
 
 
 @pytest.mark.parametrize("centre", ["C1", "C5"])
+@pytest.mark.slow
 def test_volumes_have_the_published_share_of_small_slices(centre):
     known = standin.LITS[centre]
     areas = []
