@@ -4,6 +4,7 @@ They load with `network.load_state_dict(torch.load(path, weights_only=True))`, a
 read as tensors and plain values, never as code.
 """
 
+import io
 import pickle
 from pathlib import Path
 
@@ -19,8 +20,11 @@ ABOUT = "fedgs"  # under this name a state dict's `_metadata` says what it is of
 
 def save(path: Path, value: object) -> None:
     """torch.save, whole or not at all. Raises OSError."""
+    # Torch reports a full disk as a fault of its own, so the file is written here.
+    content = io.BytesIO()
+    torch.save(value, content)
     with replacing(path) as new:
-        torch.save(value, new)
+        new.write_bytes(content.getbuffer())
 
 
 def with_about(network: nn.Module, about: dict) -> dict[str, Tensor]:

@@ -373,12 +373,18 @@ def start_workers(count: int, open_local: Callable[..., Any]) -> dict[int, Chann
     # A forked copy of a process with OpenMP threads can hang: workers start afresh.
     context = multiprocessing.get_context("spawn")
     channels = {}
-    for rank in range(1, count):
-        mine, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, open_local), daemon=True)
-        process.start()
-        theirs.close()  # so that the pipe ends when the worker does
-        channels[rank] = PipeChannel(mine, f"worker {rank} of {count}", process)
+
+    # Workers inherit this: while they import, they could not yet ask for it themselves.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for rank in range(1, count):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=work, args=(theirs, open_local), daemon=True)
+            process.start()
+            theirs.close()  # so that the pipe ends when the worker does
+            channels[rank] = PipeChannel(mine, f"worker {rank} of {count}", process)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     return channels
 
 
@@ -397,9 +403,17 @@ def serves() -> bool:
 
 def join(open_local: Callable[..., Any]) -> None:
     """The life of a process that serves under torchrun."""
+    # Process 0 only shows the help, and ends without having met the others.
+    if not {"-h", "--help"}.isdisjoint(sys.argv):
+        return
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is process 0's affair
     quiet_bars()
     start_group()
-    serve(GlooChannel(0), open_local)
+    try:
+        serve(GlooChannel(0), open_local)
+    except UserError:  # process 0 is gone, and has said why
+        raise SystemExit(1) from None
     dist.destroy_process_group()
 
 

@@ -1,7 +1,9 @@
 """Checkpoints: what travels with a state dict, and every kind of file that is none."""
 
+import contextlib
 import os
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,3 +219,17 @@ def test_weights_that_lack_some(network, path):
     del state["outc.bias"]
     with pytest.raises(UserError, match=r"does not fit this network"):
         checkpoints.load(network, state, path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+@pytest.mark.parametrize("size", [10, 1_000_000])
+def test_a_full_disk_is_an_error_for_people(tmp_path, monkeypatch, size):
+    """Not one of torch's own: its writer reports it as a fault of the program."""
+
+    @contextlib.contextmanager
+    def full(path):
+        yield Path("/dev/full")
+
+    monkeypatch.setattr(checkpoints, "replacing", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.save(tmp_path / "best.pt", {"w": torch.zeros(size)})

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 import math
 import os
@@ -48,8 +49,9 @@ from fedgs import (
     train_client,
 )
 from models import SDUTNet, UTNet
-from support import runs
+from support import checkpoints, runs
 from support.errors import UserError
+from support.files import to_json
 
 pytestmark = pytest.mark.usefixtures("plain_pictures")
 
@@ -313,6 +315,7 @@ def test_small_lesions_scale_the_report_alone(flat, generator):
 
 
 def test_what_a_client_sends(flat, generator):
+    flat.network.eval()  # as validation leaves it
     start = flat.state()
     update = train_client(flat, start, square_images("C3", 5, generator), CONFIG, 1)
     assert update.client == update.log.client == "C3"
@@ -515,6 +518,82 @@ def test_evaluation_of_many_images_and_of_none(generator):
     truth = images.masks.bool()
     assert torch.equal(evaluation.dice, metrics.dice_per_image(expected, truth))
     assert fedgs.evaluate(network, images.subset([])).tally.abs().sum() == 0
+
+
+def test_the_steps_of_a_round_are_one_optimisers(flat, generator):
+    """Over all epochs; and each step is scaled by its own batch's eta."""
+    start = flat.state()
+    grads = torch.randn(4, len(flat.parameters), generator=generator)
+    etas = torch.tensor([1.0, 2.5, 1.5, 3.0])
+    left = list(zip(grads, etas, strict=True))
+
+    def gradient(flat, batch, config, kernels):
+        grad, eta = left.pop(0)
+        flat.grad.copy_(grad)
+        return {"loss": eta / 4, "eta": eta, "scaled": (eta > 1).float()}
+
+    images = square_images("C1", 4, generator)
+    update = train_client(flat, start, images, CONFIG, 1, gradient=gradient)
+
+    theta = start.parameters.clone()
+    m, v, expected = torch.zeros(3, len(theta))
+    for step, (grad, eta) in enumerate(zip(grads, etas, strict=True), start=1):
+        adamw_accumulate_(theta, grad, m, v, step, CONFIG.lr, expected, eta)
+    assert torch.equal(update.vector, expected)
+    assert torch.equal(flat.parameters, theta)
+    assert (update.log.loss, update.log.eta, update.log.scaled) == (0.5, 2, 0.75)
+
+
+def test_a_round_draws_everything_anew(flat, generator):
+    """Every epoch its order, every image its augmentation, every code its noise."""
+    images = square_images("C1", 8, generator)
+    images.images[:] = torch.arange(8, dtype=torch.uint8)[:, None, None, None]
+    batches = []
+
+    def gradient(flat, batch, config, kernels):
+        batches.append(batch)
+        flat.grad.zero_()
+        return dict.fromkeys(("loss", "eta", "scaled"), torch.tensor(1.0))
+
+    config = replace(CONFIG, model="sd-utnet")
+    train_client(flat, flat.state(), images, config, 1, gradient=gradient)
+    orders = torch.cat([batch.images[:, 0, 0, 0] for batch in batches]).view(2, 8)
+    draws = torch.cat([batch.draws for batch in batches])
+    noise = torch.cat([batch.noise.flatten(0, 1) for batch in batches])
+    assert not torch.equal(orders[0], orders[1])
+    assert len(draws.unique(dim=0)) == len(draws) == 16
+    assert len(noise.unique(dim=0)) == len(noise) == 32
+
+
+def test_no_two_seeds_rounds_or_clients_draw_the_same():
+    drawn = set()
+    for seed, round_, client in itertools.product((0, 1, 2), (1, 2, 3), ("C1", "C2", "Oslo")):
+        drawn.add(fedgs.client_generator(seed, round_, client).initial_seed())
+    assert len(drawn) == 27
+
+
+def test_a_client_draws_the_same_in_every_process():
+    """In that of a worker, or of a run that goes on tomorrow: Python's hash() would not do."""
+    assert fedgs.client_generator(0, 1, "C1").initial_seed() == 1554199118406742183
+    assert fedgs.client_generator(0, 1, "Oslo").initial_seed() == 2722974803844890670
+
+
+def test_a_batch_is_augmented_and_normalised(flat, generator, monkeypatch):
+    images = square_images("C1", 2, generator)
+    draws = torch.rand(2, 9, generator=generator)
+    batch = Batch(images.images, images.masks, images.small, draws, torch.zeros(0, 2, 8))
+    seen = []
+    loss = fedgs.training_loss
+
+    def watched(network, images, masks, *rest):
+        seen.extend((images, masks))
+        return loss(network, images, masks, *rest)
+
+    monkeypatch.setattr(fedgs, "training_loss", watched)
+    batch_gradient(flat, batch, CONFIG)
+    images, masks = data.augment(batch.images, batch.masks, draws)
+    assert torch.equal(seen[0], data.normalise(images))
+    assert torch.equal(seen[1], masks)
 
 
 # ------------------------------------------------------------------------------------------- server
@@ -764,6 +843,44 @@ def test_local_clients_train_in_order_from_the_same_state(flat, square_root):
     ]
 
 
+def test_the_data_are_those_of_the_configuration(monkeypatch):
+    given = {}
+
+    def load(*place, **how):
+        given.update(how, place=place)
+
+    monkeypatch.setattr(data, "find", "{} in {}".format)
+    monkeypatch.setattr(data, "load", load)
+    where = {"centres": ("C2", "C1"), "out_centre": "C1", "cache": "here", "data_root": "there"}
+    which = {"tau": 321.0, "split": "grouped", "fold": 4}
+    config = Config(dataset="lits", image_size=48, **where, **which)
+    fedgs.load_data(config, ["C2"])
+    del where["data_root"]
+    place = ("lits", "lits in there")
+    assert given == {**where, **which, "size": 48, "only": ["C2"], "place": place}
+
+
+def test_the_chosen_kernels_do_the_work(flat, square_root):
+    calls = set()
+
+    def watched(name, operation):
+        def operate(*given):
+            calls.add(name)
+            return operation(*given)
+
+        return operate
+
+    kernels = PYTORCH
+    for name in fedgs.Kernels._fields[1:]:
+        kernels = kernels._replace(**{name: watched(name, getattr(PYTORCH, name))})
+    where = {"data_root": str(square_root), "centres": ("C1", "C6")}
+    config = replace(CONFIG, batch_size=4, local_epochs=1, **where)
+    clients = LocalClients(flat, fedgs.load_data(config, config.centres), config, kernels)
+    server = Server(flat.state(), {"C1": 1.0}, config, kernels)
+    server.apply(clients.train(server.state, 1))
+    assert calls == {"mask_difficulty", "adamw_accumulate_", "aggregate"}
+
+
 # ------------------------------------------------------------------------------------- a whole run
 
 
@@ -888,6 +1005,33 @@ def test_disentangled_run(run, tmp_path):
     with Image.open(tmp_path / "whole" / "anatomy.png") as image:
         assert min(image.size) > 300
         assert len(image.convert("RGB").getcolors(1 << 24)) > 100
+
+
+def test_each_checkpoint_is_tested_itself(flat, square_root, tmp_path):
+    """best and best_small of different rounds: each has the measures of its own weights."""
+    where = {"data_root": str(square_root), "out": str(tmp_path), "centres": ("C4", "C5", "C6")}
+    config = replace(CONFIG, batch_size=4, **where)
+    clients = LocalClients(flat, fedgs.load_data(config, config.centres), config)
+    expected = {}
+    for round_, name in enumerate(runs.BEST, start=1):
+        network = fedgs.build_network(replace(config, seed=round_))
+        about = runs.describe_weights(config, "here", round_, "0")
+        checkpoints.save(tmp_path / f"{name}.pt", checkpoints.with_about(network, about))
+        tests = list(clients.test(FlatNetwork(network).state()))
+        expected[name] = runs.summarise_tests(tests, round_)
+
+    results, _, _ = fedgs.test(clients, config, runs.Folder(config))
+    assert to_json(results["checkpoints"]) == to_json(expected)  # NaN is not equal to itself
+    assert expected["best"]["in_test"] != expected["best_small"]["in_test"]
+
+
+def test_what_was_chosen_is_written_down(finished):
+    """Not auto: on another machine that would be something else."""
+    record = json.loads((finished / "config.json").read_text())
+    assert record["config"]["precision"] == "fp32"
+    assert "; fp32; kernels: " in record["hardware"]
+    state = torch.load(finished / "best.pt", weights_only=True)
+    assert state._metadata["fedgs"]["config"]["precision"] == "fp32"
 
 
 # ------------------------------------------------------------------------------------------ resume

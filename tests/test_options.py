@@ -139,3 +139,28 @@ def test_grouped_frames_are_polypgens():
 def test_plausible_values(name, value, expected):
     [f] = [f for f in fields(Config) if f.name == name]
     assert options.plausible(f, value) is expected
+
+
+def facts(train, validation):
+    """What clients of these numbers of images have."""
+    numbers = zip(train, validation, strict=True)
+    return {f"C{k}": data.Facts(n, m, 0, 0, 0, "") for k, (n, m) in enumerate(numbers, start=1)}
+
+
+def test_sizes_that_are_enough():
+    """A batch fills a client; one client alone may have what all are validated on."""
+    config = Config(batch_size=4, centres=("C1", "C2", "C6"))
+    options.check_sizes(config, facts([4, 9], [0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "words"),
+    [
+        ([9, 3], [1, 1], "centre C2 has 3 training images, less than --batch-size 4"),
+        ([9, 9], [0, 0], "--split fold leaves no validation images"),
+    ],
+)
+def test_sizes_that_are_not(train, validation, words):
+    config = Config(batch_size=4, centres=("C1", "C2", "C6"))
+    with pytest.raises(UserError, match=words):
+        options.check_sizes(config, facts(train, validation))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ OPTIONS = [
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 
 
-def start(*options, torchrun=0):
+def start(*options, torchrun=0, **more):
     """Start a run, in processes of torchrun where a number of them is given. -> Popen"""
     command = [sys.executable]
     if torchrun:
@@ -37,6 +38,7 @@ def start(*options, torchrun=0):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **more,
     )
 
 
@@ -110,6 +112,21 @@ def wait_for(condition, seconds=120):
         time.sleep(0.05)
 
 
+class Script(processes.Channel):
+    """A channel whose other end says what is written here. It keeps what it is told."""
+
+    def __init__(self, *says):
+        super().__init__("the other end")
+        self.says = list(says)
+        self.told = []
+
+    def send(self, message):
+        self.told.append(message)
+
+    def receive(self):
+        return self.says.pop(0)
+
+
 # ---------------------------------------------------------------------------------- equal results
 
 
@@ -172,8 +189,7 @@ def test_a_process_that_dies_ends_the_run_which_can_go_on(square_root, alone, tm
     os.kill(victim, signal.SIGKILL)
     _, error = run.communicate(timeout=120)
     assert run.returncode != 0
-    assert error.count("fedgs.py: error: ") == 1
-    assert "--resume goes on" in error
+    assert error.count("--resume goes on") == 1  # torchrun's own report is beside it
 
     done = torch.load(folder / "resume.pt", weights_only=True)["history"]
     assert 1 <= len(done) < 1000
@@ -263,6 +279,76 @@ def listening(pid):
     return found
 
 
+def test_nobody_ends_a_process_that_is_at_work():
+    channel = Script()
+    channel.request("train", answers=2)
+    channel.close()
+    assert processes.END not in channel.told  # it would not listen
+
+
+def ignored(pid):
+    """The signals that a process ignores."""
+    with open(f"/proc/{pid}/status") as file:
+        [mask] = [line.split()[1] for line in file if line.startswith("SigIgn:")]
+    return {s for s in signal.valid_signals() if int(mask, 16) >> (s - 1) & 1}
+
+
+@on_linux
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal_is_one_line(square_root, tmp_path):
+    """It reaches every process. A worker leaves it to the server, from its first import on."""
+    folder = tmp_path / "run"
+    options = ["--data-root", square_root, "--out", folder, "--rounds", 1000, "--workers", 2]
+    run = start(*options, start_new_session=True)
+    wait_for(lambda: workers_of(run.pid))
+    [worker] = workers_of(run.pid)
+    early = ignored(worker)
+    wait_for((folder / "resume.pt").exists)
+    os.killpg(run.pid, signal.SIGINT)
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert error == f"fedgs.py: interrupted; {processes.GO_ON}\n"
+    assert signal.SIGINT in early
+
+
+@pytest.mark.slow
+def test_help_ends_under_torchrun():
+    run = start("--help", torchrun=2)
+    out, _ = run.communicate(timeout=60)
+    assert run.returncode == 0
+    assert out.count("usage: fedgs.py") == 1
+
+
+AT_WORK = """
+import sys, time
+from pathlib import Path
+from support import processes
+
+def open_local(config, centres):
+    Path(config).touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    [channel] = processes.start_workers(2, open_local).values()
+    channel.request("open", sys.argv[1], [], 1)
+    time.sleep(600)
+"""
+
+
+@on_linux
+@pytest.mark.slow
+def test_a_worker_at_work_ends_with_a_server_that_is_killed(tmp_path):
+    """It does not look at its pipe before its client's round is over, which may take an hour."""
+    (tmp_path / "program.py").write_text(AT_WORK)
+    command = [sys.executable, tmp_path / "program.py", tmp_path / "begun"]
+    server = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    wait_for((tmp_path / "begun").exists)
+    [worker] = workers_of(server.pid)
+    server.kill()
+    server.wait()
+    wait_for(lambda: not os.path.exists(f"/proc/{worker}"), 10)
+
+
 # ----------------------------------------------------------------------------------- who does what
 
 
@@ -320,3 +406,97 @@ def test_a_process_loads_its_own_centres_alone(square_root):
     assert list(whole.facts) == ["C3", "C4", "C5"]
     assert torch.equal(second.train["C4"].images, whole.train["C4"].images)
     assert torch.equal(second.out_test.images, whole.out_test.images)
+
+
+@pytest.fixture
+def tiny(square_root):
+    return fedgs.Config(
+        data_root=str(square_root),
+        image_size=32,
+        width=2,
+        batch_size=4,
+        centres=("C4", "C5", "C6"),
+        precision="fp32",
+    )
+
+
+def test_what_a_process_does_and_says_when_it_serves(tiny, monkeypatch):
+    """It loads its own centre, takes its share of threads; no image leaves it."""
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    state = fedgs.open_local_clients(tiny, []).flat.state()
+    requests = [("open", tiny, ["C5"], 3), ("test", state), processes.END]
+    channel = Script(*requests)
+    opened = []
+
+    def open_local(config, centres):
+        opened.append(centres)
+        return fedgs.open_local_clients(config, centres)
+
+    processes.serve(channel, open_local)
+    assert opened == [["C5"]]
+    assert threads == [3]
+
+    [(_, facts), (_, [test])] = channel.told
+    assert list(facts) == ["C5"]
+    assert (test.centre, test.images, test.evaluation) == ("C5", None, None)
+    assert test.scores
+
+
+def test_the_server_with_its_company(tiny, monkeypatch):
+    """Its own centres and the held-out one, its share of threads, facts in the centres' order."""
+    threads = []
+    whole = fedgs.load_data(tiny, tiny.centres)
+    theirs = Script((None, {"C5": whole.facts["C5"]}))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(processes, "start_workers", lambda count, open_local: {1: theirs})
+    monkeypatch.setattr(processes.hardware, "available_cores", lambda: 6)
+
+    work_of = {"C4": 9, "C5": 8}
+    with processes.spread(fedgs.open_local_clients, tiny, work_of, 2) as clients:
+        assert clients.owners == {"C4": 0, "C5": 1}
+        assert list(clients.federation.facts.items()) == list(whole.facts.items())
+        assert clients.federation.fingerprint == whole.fingerprint
+        assert list(clients.federation.train) == ["C4"]
+        assert threads == [3]
+    assert theirs.told == [("open", tiny, ["C5"], 3), processes.END]
+    assert threads == [3, 7]  # as before
+
+
+def test_answers_come_in_client_order():
+    """Whoever they come from, and in whatever order a process tells of its clients."""
+    x = torch.zeros(1)
+    state = fedgs.State(x, x, x)
+    local = SimpleNamespace(
+        flat=None,
+        kernels=None,
+        here=["C2"],
+        federation=SimpleNamespace(out_centre="C6"),
+        train=lambda state, round_: [fedgs.Update("C2", x, x, x, None)],
+        evaluate=lambda state: {"C2": 2},
+        test=lambda state: [SimpleNamespace(centre="C2"), SimpleNamespace(centre="C6")],
+    )
+    theirs = Script(
+        (None, fedgs.Update("C1", x, x, x, None)),
+        (None, fedgs.Update("C3", x, x, x, None)),
+        (None, {"C3": 3, "C1": 1}),
+        (None, [SimpleNamespace(centre="C3"), SimpleNamespace(centre="C1")]),
+    )
+    clients = processes.SpreadClients(local, {1: theirs}, {"C1": 1, "C2": 0, "C3": 1})
+    clients.on_step = print
+    assert [update.client for update in clients.train(state, 7)] == ["C1", "C2", "C3"]
+    assert list(clients.evaluate(state).items()) == [("C1", 1), ("C2", 2), ("C3", 3)]
+    assert [test.centre for test in clients.test(state)] == ["C1", "C2", "C3", "C6"]
+    assert [told[0] for told in theirs.told] == ["train", "evaluate", "test"]
+    assert theirs.told[0][2] == 7
+    assert theirs.due == 0
+    assert local.on_step is print
+
+
+def test_threads_are_shared_by_the_processes_of_one_machine(monkeypatch):
+    monkeypatch.setattr(processes, "under_torchrun", lambda: True)
+    monkeypatch.setattr(processes.hardware, "available_cores", lambda: 8)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert processes.threads_of_each(4) == 4

@@ -2,13 +2,17 @@
 
 import json
 import math
+import os
 import shutil
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 from conftest import refused
+from matplotlib.figure import Figure
 
+import data
 import metrics
 from fedgs import ClientLog, Config
 from support import runs
@@ -151,6 +155,51 @@ def test_a_complete_run(finished, tmp_path):
     assert not runs.is_complete(moved)
 
 
+class OneTensor(NamedTuple):
+    """The smallest state there is."""
+
+    weights: torch.Tensor
+
+
+def test_the_best_rounds_so_far_are_resumed(tmp_path):
+    first = [validation(0.9, 0.2)]
+    save_rounds(runs.Folder(Config(out=str(tmp_path))), first)
+
+    folder = runs.Folder(Config(out=str(tmp_path), resume=True))
+    state = OneTensor(torch.ones(1))
+    server = SimpleNamespace(state=state, velocity=torch.ones(1), round=0)
+    history = folder.load_progress(server)
+    assert server.round == 1
+    assert not server.state.weights.any()
+    assert not server.velocity.any()
+
+    history.append({"round": 2})
+    folder.save_round(server, {"w": torch.tensor(2.0)}, history, validation(0.5, 0.6))
+    assert (kept(folder, "best"), kept(folder, "best_small"), kept(folder, "last")) == (1, 2, 2)
+
+
+def test_what_says_that_it_is_over_comes_last(tmp_path, monkeypatch):
+    """resume.pt of a round, results.json of a run: what is killed before them has not ended."""
+    written = []
+    whole = os.replace
+
+    def noted(source, target):
+        written.append((target.name, (tmp_path / "results.json").exists()))
+        whole(source, target)
+
+    folder = runs.Folder(Config(out=str(tmp_path)))
+    monkeypatch.setattr(os, "replace", noted)
+    save_rounds(folder, [validation(0.9, 0.9)])
+    names = [name for name, _ in written]
+    assert names == ["best.pt", "best_small.pt", "last.pt", "rounds.csv", "resume.pt"]
+
+    # Tables of this run must not stand beside the results of an earlier, shorter part of it.
+    written.clear()
+    (tmp_path / "results.json").write_text("of fewer rounds")
+    folder.save_results({}, [{"dice": 1}], {"curves.png": Figure(figsize=(1, 1))})
+    assert written == [("scores.csv", False), ("curves.png", False), ("results.json", False)]
+
+
 # ------------------------------------------------------------------------------------------ tables
 
 
@@ -196,3 +245,19 @@ def test_changes_are_named(tmp_path):
     runs.check_same(path, same, Config())  # rounds may change
     with pytest.raises(UserError, match="source PolypGen, now LiTS"):
         runs.check_same(path, {"data": {"source": "LiTS"}}, Config())
+
+
+def test_seconds_and_rounds_are_of_the_whole_run():
+    assert runs.count_rounds([{"seconds": 1.5}, {"seconds": 2}]) == {"rounds": 2, "seconds": 3.5}
+
+
+def test_images_by_centre():
+    facts = {"C5": data.Facts(7, 2, 1, 0, 0, ""), "C6": data.Facts(0, 0, 9, 0, 0, "")}
+    federation = SimpleNamespace(facts=facts, out_centre="C6")
+    assert runs.count_images(federation) == {"C5": "7 + 2 + 1", "C6 (held out)": "9"}
+
+
+def test_a_run_of_fewer_rounds_is_not_complete(finished):
+    record = json.loads((finished / "config.json").read_text())["config"]
+    assert runs.is_complete(runs.Folder(Config(**{**record, "rounds": 2})))
+    assert not runs.is_complete(runs.Folder(Config(**{**record, "rounds": 3})))
