@@ -152,8 +152,11 @@ def serve(channel: Channel, open_local: Callable[..., Any]) -> None:
                 clients = open_local(config, centres)
                 answer(channel, clients.federation.facts)
             elif verb == "train":
+                # All clients first: the server does not listen while it trains its own, and a
+                # client that is done must not keep the next one waiting.
                 state, round_ = arguments
-                for update in clients.train(on_device(state, clients), round_):
+                updates = list(clients.train(on_device(state, clients), round_))
+                for update in updates:
                     answer(channel, to_cpu(update))
             elif verb == "evaluate":
                 answer(channel, clients.evaluate(on_device(arguments[0], clients)))
