@@ -116,6 +116,7 @@ def faulty_masks(masks, small, log_base):
         ("check_masks", "mask_difficulty", faulty_masks, "mask_difficulty, kernel: eta"),
     ],
 )
+@pytest.mark.slow
 def test_a_wrong_result_ends_the_program(quick, monkeypatch, check, kernel, faulty, message):
     check = getattr(benchmark, check)
     check(CPU)
@@ -159,6 +160,7 @@ def test_everything_is_timed_and_in_the_tables(quick, monkeypatch, capsys, tmp_p
         assert measured["steps"] == 7
 
 
+@pytest.mark.slow
 def test_only_what_is_asked_for_is_timed(quick, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--device", "cpu", "--only", "masks"])
     benchmark.main()

@@ -186,6 +186,7 @@ def test_cuda_kernels_compile_without_warnings_and_spill_nothing(architecture, t
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_cuda_kernels_load_and_store_16_bytes_at_a_time(tmp_path):
     target = tmp_path / "kernels.ptx"
     nvcc("-arch=compute_90", "-ptx", "-o", str(target))

@@ -113,6 +113,7 @@ def test_the_arithmetic_is_that_of_a_run(checkpoint, monkeypatch):
         ("tau", None),
     ],
 )
+@pytest.mark.slow
 def test_a_damaged_configuration(checkpoint, name, value):
     state = torch.load(checkpoint, weights_only=True)
     state._metadata["fedgs"]["config"][name] = value

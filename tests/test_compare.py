@@ -269,6 +269,7 @@ def test_folds_count_alike_in_both_tables(tmp_path):
     assert "2 to 12" in compare.report([section])
 
 
+@pytest.mark.slow
 def test_a_pair_without_an_image_of_a_kind_has_nothing_to_say(tmp_path):
     runs = []
     for fold, small in ((1, True), (2, False)):
@@ -561,6 +562,7 @@ def test_the_picture_shows_the_numbers_of_the_runs(tmp_path):
     assert sum(bar.get_height() for bar in counts.patches) == 4
 
 
+@pytest.mark.slow
 def test_a_picture_of_a_comparison(tmp_path, capsys, two_methods):
     path = tmp_path / "comparison.png"
     assert exit_code(compare.main, [*two_methods, "--plot", path]) == 0

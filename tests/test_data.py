@@ -248,6 +248,7 @@ def test_a_stand_in_of_frames_says_so(few, tmp_path):
     assert read_frames(linked).source == "PolypGen stand-in"
 
 
+@pytest.mark.slow
 def test_a_stand_in_of_volumes_says_so(few, tmp_path):
     federation = read_drawn_scans(tmp_path / "drawn", size=32)
     assert federation.source == "LiTS stand-in"
@@ -260,6 +261,7 @@ def test_a_stand_in_of_volumes_says_so(few, tmp_path):
         assert (again.source, again.fingerprint) == (federation.source, federation.fingerprint)
 
 
+@pytest.mark.slow
 def test_real_data_is_not_called_a_stand_in(few, frames, scans):
     """Even where one lies beside it."""
     read_drawn_frames(frames)
@@ -297,6 +299,7 @@ def smallest_polyps(images):
     return areas
 
 
+@pytest.mark.slow
 def test_a_stand_in_is_drawn_where_it_is_not_yet(few, tmp_path, monkeypatch):
     read_drawn_frames(tmp_path)
     read_drawn_scans(tmp_path)
@@ -596,6 +599,7 @@ def test_pixel_spacings(frames, tmp_path):
     assert data.pixel_spacings(read_frames(frames).out_test) == [(1.0, 1.0)] * 5
 
 
+@pytest.mark.slow
 def test_pixel_spacings_of_a_stand_in(few, tmp_path):
     held = read_drawn_scans(tmp_path).out_test
     spacing = 0.8 * 512 / 16
@@ -619,6 +623,7 @@ def test_a_client_without_tumours(scans):
         read_scans(scans)
 
 
+@pytest.mark.slow
 def test_a_run_on_volumes(scans, tmp_path, capsys):
     where = ["--dataset", "lits", "--data-root", scans, "--centres", "C1", "C5"]
     size = ["--image-size", "32", "--width", "2", "--rounds", "1", "--device", "cpu"]
@@ -971,6 +976,7 @@ def test_rule_agrees_with_the_published_flags(by_rule, polypgen_root):
     assert agree >= 0.98 * 1537
 
 
+@pytest.mark.slow
 def test_published_flags_are_the_ones_used(polypgen_root):
     needs(polypgen_root / "metadata")
     federation = read_frames(polypgen_root, centres=("C5", "C6"), out_centre="C6", size=64)

@@ -35,6 +35,7 @@ def results_in(folder):
 # ------------------------------------------------------------------------------- on the same images
 
 
+@pytest.mark.slow
 def test_the_table_is_the_runs_own(test_again, finished, tmp_path, capsys):
     out = tmp_path / "out"
     assert test_again("--out", out) == 0
@@ -68,6 +69,7 @@ def test_without_out_nothing_is_written(test_again, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_results_are_what_comparisons_read(test_again, finished, tmp_path):
     assert test_again("--out", tmp_path / "out") == 0
     [[section], [own]] = compare.compare([tmp_path / "out"]), compare.compare([finished])
@@ -96,6 +98,7 @@ def test_pictures_of_either_network(cache, tmp_path, model):
 # ---------------------------------------------------------------------------------- on other images
 
 
+@pytest.mark.slow
 def test_other_centres(test_again, tmp_path):
     centres = ["--centres", "C5", "C6", "--out-centre", "C5"]
     assert test_again(*centres, "--out", tmp_path / "out") == 0
@@ -108,6 +111,7 @@ def test_other_centres(test_again, tmp_path):
     assert places == {("in_test", "C6"), ("out_test", "C5")}
 
 
+@pytest.mark.slow
 def test_other_data_are_named_beside_where_it_was_trained(finished, square_root, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = [finished / "best.pt", "--data-root", square_root, "--out", out]
@@ -220,6 +224,7 @@ def ct_root(tmp_path):
     return root
 
 
+@pytest.mark.slow
 def test_boundaries_in_mm_of_ct(ct_root, tmp_path, capsys):
     """Each volume has its own pixels, which resizing has made larger or smaller."""
     lits = {"dataset": "lits", "split": "centre", "out_centre": "C5"}

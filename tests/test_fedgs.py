@@ -951,6 +951,7 @@ def test_pictures_are_pictures(finished):
             assert len(image.convert("RGB").getcolors(1 << 24)) > 100
 
 
+@pytest.mark.slow
 def test_last_is_the_aggregate_and_best_is_the_best(run, finished, tmp_path):
     saved = torch.load(finished / "resume.pt", weights_only=True)
     flat = FlatNetwork(UTNet(width=2))
@@ -980,6 +981,7 @@ def test_same_seed_same_rounds(run, finished, tmp_path):
     assert without_time(tmp_path / "other" / "rounds.csv") != first
 
 
+@pytest.mark.slow
 def test_fedavg_takes_unscaled_steps(run, tmp_path, capsys):
     assert run(tmp_path, "--method", "fedavg", "--rounds", 1) == 0
     [row] = rows(tmp_path / "rounds.csv")
@@ -1188,6 +1190,7 @@ def test_other_data_with_the_same_counts(run, square_root, tmp_path, capsys):
     refused(capsys, run(tmp_path / "run", *options, "--resume"), "another run", "fingerprint")
 
 
+@pytest.mark.slow
 def test_unwritable_folder(run, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     refused(capsys, run(tmp_path / "file" / "run"), "file")

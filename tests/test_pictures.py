@@ -168,6 +168,7 @@ def test_an_outline_closes_at_the_border_of_the_image(tmp_path):
 
 
 @pytest.mark.parametrize("channels", [3, 1])
+@pytest.mark.slow
 def test_anatomy(generator, channels, tmp_path):
     image = 4 * torch.rand(channels, 16, 16, generator=generator) - 2
     reconstruction = torch.tanh(image).requires_grad_()  # as it comes from a network

@@ -394,6 +394,7 @@ def test_a_volume_that_is_damaged_in_the_middle(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_real_volumes(tmp_path, ct_checkpoint):
     """A real CT volume and its mask: equal shape, affine and spacing."""
     paths = [SHARED / "ct_nifti" / f"volume-{number}.nii.gz" for number in (0, 12)]

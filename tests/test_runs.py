@@ -49,6 +49,7 @@ def test_what_a_killed_write_leaves_is_no_obstacle(tmp_path):
     runs.Folder(Config(out=str(tmp_path))).check({"config": {}})
 
 
+@pytest.mark.slow
 def test_options_added_later_do_not_keep_a_run_from_going_on(run, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     record = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -70,6 +71,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name", ["resume.pt", "config.json"])
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.slow
 def test_damaged_files(run, tmp_path, finished, capsys, name, damage):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
@@ -87,6 +89,7 @@ def test_damaged_files(run, tmp_path, finished, capsys, name, damage):
         ("history", [{"round": 2}]),
     ],
 )
+@pytest.mark.slow
 def test_state_of_another_kind(run, tmp_path, finished, capsys, key, value):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
