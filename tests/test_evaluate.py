@@ -272,5 +272,6 @@ def test_what_cannot_be_tested(test_again, finished, tmp_path, capsys):
     refused(capsys, test_again("--data-root", tmp_path), "--data-root", "no data_C1")
 
 
+@pytest.mark.slow
 def test_options_that_agree_are_fine(test_again):
     assert test_again("--width", 2, "--model", "utnet", "--tau", 150, "--device", "cpu") == 0

@@ -428,6 +428,7 @@ def test_a_gradient_of_ones_own(flat, generator):
 
 
 @pytest.mark.parametrize("model", ["utnet", "sd-utnet"])
+@pytest.mark.slow
 def test_bf16_gradient_is_the_fp32_one_rounded(model, generator):
     """Weights, gradient, loss and eta stay float32; in bfloat16 the gradient points the same way.
 
@@ -1179,6 +1180,7 @@ def test_checkpoint_of_another_model(run, finished, tmp_path, capsys):
     refused(capsys, run(small, "--resume"), "best.pt", "does not fit")
 
 
+@pytest.mark.slow
 def test_other_data_with_the_same_counts(run, square_root, tmp_path, capsys):
     root = tmp_path / "frames"
     shutil.copytree(square_root, root)

@@ -395,6 +395,7 @@ def test_bases_that_are_refused(log_base):
 
 @on_devices
 @pytest.mark.parametrize("method", ["fedgs", "fedavg"])
+@pytest.mark.slow
 def test_a_round_is_the_same_on_either_path(device, method, generator):
     config = fedgs.Config(
         method=method,
