@@ -573,12 +573,13 @@ class LocalClients:
         self.federation = federation
         self.config = config
         self.kernels = kernels
+        self.device = flat.parameters.device
         self.here = list(federation.train)  # names of the clients in this process
+        self.placement = ""  # which client is where, for the header: they are all here
         self.on_step = None  # called after every step, for whoever shows progress
 
         # Training images lie on the device for the whole run: a step copies nothing from the host.
-        device = flat.parameters.device
-        self.train_images = [images.to(device) for images in federation.train.values()]
+        self.train_images = [images.to(self.device) for images in federation.train.values()]
 
         # On a GPU the work on a batch is captured once, and replayed as one launch.
         self.gradient = batch_gradient
@@ -771,13 +772,11 @@ def run(config: Config, why: str = "as given") -> dict:
     cannot be used, before anything is written, and for a round that is refused.
     """
     # Everything that can be refused is refused here: nothing is loaded or written yet.
-    options.check(config, data.CENTRES[config.dataset])
-    device = hardware.choose_device(config.device)
-    config = replace(config, precision=hardware.choose_precision(config.precision, device))
+    config = settle(config)
     folder = runs.Folder(config)
     folder.check({"config": asdict(config)})
 
-    with open_clients(config, device) as clients:
+    with open_clients(config) as clients:
         # Now the data are known. A run may only go on with those that it began with.
         federation = clients.federation
         options.check_sizes(config, federation.facts)
@@ -792,7 +791,7 @@ def run(config: Config, why: str = "as given") -> dict:
 
         # From here on the folder is this run's.
         folder.claim(record)
-        print(runs.header(config, clients, why, folder), flush=True)
+        print(runs.header(config, clients, record, why, folder), flush=True)
         train(server, clients, config, folder, history)
         results, scores, figures = test(clients, config, folder)
 
@@ -874,13 +873,7 @@ def test(
         scores.extend(runs.score_table(name, tests_of[round_]))
 
     print(f"\n{heading}\n{tables.results_table(tested)}")
-    results = {
-        "data": federation.source,
-        "notes": federation.notes,
-        "config": asdict(config),
-        "checkpoints": tested,
-    }
-    return results, scores, figures
+    return runs.describe_results(config, federation, tested), scores, figures
 
 
 def draw_tests(clients: LocalClients, tests: Sequence[CentreTest], heading: str) -> dict:
@@ -913,9 +906,21 @@ def draw_anatomy(network: SDUTNet, images: data.Images, i: int, heading: str) ->
 # ------------------------------------------------------------------------ what a run is made of
 
 
+def settle(config: Config) -> Config:
+    """A configuration that can be run, with the arithmetic that its device decides on.
+
+    A run's record has to say which that was, since "auto" is something else on another machine.
+    Raises UserError for values that no run can use.
+    """
+    options.check(config, data.CENTRES[config.dataset])
+    device = hardware.choose_device(config.device)
+    return replace(config, precision=hardware.choose_precision(config.precision, device))
+
+
 @contextlib.contextmanager
-def open_clients(config: Config, device: torch.device) -> Iterator[LocalClients]:
+def open_clients(config: Config) -> Iterator[LocalClients]:
     """The clients of a run: all of them here, or spread over processes."""
+    device = hardware.choose_device(config.device)
     count = processes.choose_workers(config.workers, len(config.clients), device)
     if count == 1:
         yield open_local_clients(config, config.centres)
@@ -975,6 +980,7 @@ PRESETS = {
     "paper": {},
     "quick": {"rounds": 7, "local_epochs": 1, "lr": 1e-3, "image_size": 80, "width": 8},
 }
+SHOWN_DEFAULTS = {"lits": DATASETS["lits"], "quick": PRESETS["quick"]}  # by --help, beside Config's
 
 
 def configure(given: Mapping[str, Any]) -> tuple[Config, str]:
@@ -1006,8 +1012,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
 
         processes.end_on_sigterm()
-        others = {"lits": DATASETS["lits"], "quick": PRESETS["quick"]}
-        given = options.parse(Config, __doc__, arguments, others)
+        given = options.parse(Config, __doc__, arguments, SHOWN_DEFAULTS)
         config, why = configure(given)
         run(config, why)
 

@@ -15,11 +15,13 @@ TEMPORARY = ".tmp-"  # how the name of a file begins until it is whole
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, synced: bool = True) -> Iterator[Path]:
     """A new file beside `path` that takes its place when the block ends well.
 
     The new file has the same suffixes, since some writers choose a format by them. If the block
-    fails or is interrupted, the new file is removed and `path` stays as it was. Raises OSError.
+    fails or is interrupted, the new file is removed and `path` stays as it was. Without `synced`
+    that is not so after a power cut, which is for files that can be told to be damaged and made
+    again. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
@@ -28,8 +30,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
         # The content has to be on the disk before the name is: a power cut in between would
         # otherwise leave an empty file in the place of a good one.
-        with new.open("rb+") as file:
-            os.fsync(file.fileno())
+        if synced:
+            with new.open("rb+") as file:
+                os.fsync(file.fileno())
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)

@@ -35,6 +35,7 @@ from support.errors import Terminated, UserError, for_people
 GO_ON = "the same command with --resume goes on from the last whole round"
 PATIENCE = timedelta(days=7)  # how long one may wait for another; one that died is noticed at once
 END = "end"
+CPU = torch.device("cpu")  # from where tensors can be sent
 
 
 # ---------------------------------------------------------------------------------------- channels
@@ -155,13 +156,13 @@ def serve(channel: Channel, open_local: Callable[..., Any]) -> None:
                 # All clients first: the server does not listen while it trains its own, and a
                 # client that is done must not keep the next one waiting.
                 state, round_ = arguments
-                updates = list(clients.train(on_device(state, clients), round_))
+                updates = list(clients.train(state_on(clients.device, state), round_))
                 for update in updates:
-                    answer(channel, to_cpu(update))
+                    answer(channel, update_on(CPU, update))
             elif verb == "evaluate":
-                answer(channel, clients.evaluate(on_device(arguments[0], clients)))
+                answer(channel, clients.evaluate(state_on(clients.device, arguments[0])))
             elif verb == "test":
-                tests = clients.test(on_device(arguments[0], clients))
+                tests = clients.test(state_on(clients.device, arguments[0]))
                 answer(channel, [without_images(test) for test in tests])
         except Exception as error:
             if not for_people(error):
@@ -173,16 +174,19 @@ def answer(channel: Channel, content: object) -> None:
     channel.send((None, content))
 
 
-def on_device(state: Any, clients: Any) -> Any:
-    """The server's state where the clients compute."""
-    device = clients.flat.parameters.device
+def state_on(device: torch.device, state: Any) -> Any:
+    """The server's state on a device."""
     return type(state)._make(x.to(device) for x in state)
 
 
-def to_cpu(update: Any) -> Any:
-    """An update in memory that can be sent from."""
-    vectors = {name: getattr(update, name).cpu() for name in ("vector", "buffers", "counters")}
-    return replace(update, **vectors)
+def update_on(device: torch.device, update: Any) -> Any:
+    """A client's update on a device."""
+    return replace(
+        update,
+        vector=update.vector.to(device),
+        buffers=update.buffers.to(device),
+        counters=update.counters.to(device),
+    )
 
 
 def without_images(test: Any) -> Any:
@@ -192,7 +196,6 @@ def without_images(test: Any) -> Any:
 
 def work(connection: Any, open_local: Callable[..., Any]) -> None:
     """The life of a worker of this machine."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's affair
     threading.Thread(target=end_with_parent, daemon=True).start()
     quiet_bars()
     with contextlib.suppress(UserError):  # the server is gone: nobody is left to tell
@@ -245,15 +248,16 @@ class SpreadClients:
         """Which client is where, for the header."""
         places = []
         for rank in range(1 + len(self.channels)):
-            own = [client for client, owner in self.owners.items() if owner == rank]
+            own = clients_at(rank, self.owners)
             places.append(f"process {rank}: {' '.join(own)}")
         return f" each of {len(places)} processes ({'; '.join(places)})"
 
     def train(self, state: Any, round_: int) -> Iterator[Any]:
         """Every client's update, in client order."""
         owners = list(self.owners.values())
+        sent = state_on(CPU, state)
         for rank, channel in self.channels.items():
-            channel.request("train", to_host(state), round_, answers=owners.count(rank))
+            channel.request("train", sent, round_, answers=owners.count(rank))
 
         # While the others train theirs.
         self.local.on_step = self.on_step
@@ -263,12 +267,13 @@ class SpreadClients:
             if rank == 0:
                 yield mine.pop(0)
             else:
-                yield from_cpu(self.channels[rank].answer(), state)
+                yield update_on(state.parameters.device, self.channels[rank].answer())
 
     def evaluate(self, state: Any) -> dict[str, Any]:
         """{client: sums and counts over its validation images}, in client order."""
+        sent = state_on(CPU, state)
         for channel in self.channels.values():
-            channel.request("evaluate", to_host(state))
+            channel.request("evaluate", sent)
 
         tallies = dict(self.local.evaluate(state))
         for channel in self.channels.values():
@@ -277,8 +282,9 @@ class SpreadClients:
 
     def test(self, state: Any) -> list[Any]:
         """Every centre's test, in the order of the clients, then the held-out centre's."""
+        sent = state_on(CPU, state)
         for channel in self.channels.values():
-            channel.request("test", to_host(state))
+            channel.request("test", sent)
 
         tests = list(self.local.test(state))
         for channel in self.channels.values():
@@ -286,18 +292,6 @@ class SpreadClients:
 
         of_centre = {test.centre: test for test in tests}
         return [of_centre[centre] for centre in (*self.owners, self.federation.out_centre)]
-
-
-def to_host(state: Any) -> Any:
-    """The server's state in memory that can be sent from."""
-    return type(state)._make(x.cpu() for x in state)
-
-
-def from_cpu(update: Any, state: Any) -> Any:
-    """An update that has arrived, where the server computes."""
-    device = state.parameters.device
-    names = ("vector", "buffers", "counters")
-    return replace(update, **{name: getattr(update, name).to(device) for name in names})
 
 
 def choose_workers(wanted: str, clients: int, device: torch.device) -> int:
@@ -333,12 +327,11 @@ def spread(
     try:
         channels.update(meet() if under_torchrun() else start_workers(count, open_local))
 
+        threads = threads_of_each(count)
         for rank, channel in channels.items():
-            own = [client for client, owner in owners.items() if owner == rank]
-            channel.request("open", config, own, threads_of_each(count))
-        torch.set_num_threads(threads_of_each(count))
-        own = [client for client, owner in owners.items() if owner == 0]
-        local = open_local(config, [*own, config.out_centre])
+            channel.request("open", config, clients_at(rank, owners), threads)
+        torch.set_num_threads(threads)
+        local = open_local(config, [*clients_at(0, owners), config.out_centre])
 
         # Of the others' data this process learns the facts alone.
         facts = dict(local.federation.facts)
@@ -363,6 +356,11 @@ def share_out(work_of: Mapping[str, int], count: int) -> dict[str, int]:
         owners[client] = rank
         load[rank] += work_of[client]
     return {client: owners[client] for client in work_of}
+
+
+def clients_at(rank: int, owners: Mapping[str, int]) -> list[str]:
+    """The clients of one process."""
+    return [client for client, owner in owners.items() if owner == rank]
 
 
 def threads_of_each(count: int) -> int:

@@ -132,11 +132,7 @@ class Folder:
 
     def save_results(self, results: dict, scores: list[dict], figures: Mapping[str, Any]) -> None:
         """Write the tables and pictures of the final test."""
-        (self.path / "results.json").unlink(missing_ok=True)
-        write_text(self.path / "scores.csv", to_csv(scores))
-        for name, figure in figures.items():
-            pictures.save_figure(self.path / name, figure)
-        write_text(self.path / "results.json", to_json(results))
+        save_results(self.path, results, scores, figures)
         print(
             f"\nin {self.path}: tables (.csv), results.json, {', '.join(figures)}, networks (.pt)"
         )
@@ -247,6 +243,27 @@ def score_table(checkpoint: str, tests: Sequence[Any]) -> list[dict]:
     return rows
 
 
+def describe_results(config: Any, federation: Any, tested: Mapping[str, dict]) -> dict:
+    """Content of results.json. tested: {checkpoint: its summary}, see summarise_tests"""
+    return {
+        "data": federation.source,
+        "notes": federation.notes,
+        "config": asdict(config),
+        "checkpoints": tested,
+    }
+
+
+def save_results(
+    folder: Path, results: dict, scores: list[dict], figures: Mapping[str, Any]
+) -> None:
+    """Write what a test leaves. results.json says that all is there: it goes first, comes last."""
+    (folder / "results.json").unlink(missing_ok=True)
+    write_text(folder / "scores.csv", to_csv(scores))
+    for name, figure in figures.items():
+        pictures.save_figure(folder / name, figure)
+    write_text(folder / "results.json", to_json(results))
+
+
 def count_rounds(history: Sequence[dict]) -> dict[str, float]:
     """How many rounds there were, and how long they took."""
     return {"rounds": len(history), "seconds": sum(row["seconds"] for row in history)}
@@ -298,9 +315,7 @@ def describe_hardware(config: Any, clients: Any) -> str:
     _, which_kernels = hardware.compiled_kernels(config.kernels, device)
     precision = hardware.describe_precision(config.precision, device)
     where = hardware.describe_device(device)
-    if hasattr(clients, "placement"):
-        where += clients.placement
-    return f"{where}; {precision}; kernels: {which_kernels}"
+    return f"{where}{clients.placement}; {precision}; kernels: {which_kernels}"
 
 
 def count_images(federation: Any) -> dict[str, str]:
@@ -314,11 +329,14 @@ def count_images(federation: Any) -> dict[str, str]:
     return numbers
 
 
-def header(config: Any, clients: Any, why: str, folder: Folder) -> str:
-    """The first lines of a run: what was chosen, why (the preset), and how to change it."""
+def header(config: Any, clients: Any, record: dict, why: str, folder: Folder) -> str:
+    """The first lines of a run: what was chosen, why (the preset), and how to change it.
+
+    record: what config.json says, see describe_run
+    """
     federation = clients.federation
     size = clients.flat.parameters.numel()
-    images = [f"{name} {numbers}" for name, numbers in count_images(federation).items()]
+    images = [f"{name} {numbers}" for name, numbers in record["data"]["images"].items()]
     data = [f"{federation.source}, {federation.place}", *federation.notes]
     steps = f"{config.rounds} rounds x {config.local_epochs} epochs, batch {config.batch_size}"
     rates = f"lr {config.lr:g}, server lr {config.server_lr:g}"
@@ -331,7 +349,7 @@ def header(config: Any, clients: Any, why: str, folder: Folder) -> str:
         "preset": f"{config.preset} ({why}); --preset paper or quick, and any option, override it",
         "training": f"{steps}, {config.image_size}x{config.image_size}, {rates}, seed "
         f"{config.seed}",
-        "hardware": describe_hardware(config, clients),
+        "hardware": record["hardware"],
         "folder": str(folder.path),
     }
     return "\n".join(f"{name:<9}{text}" for name, text in lines.items())

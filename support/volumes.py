@@ -304,13 +304,8 @@ def write_slices(volume_path: Path, segmentation_path: Path, folder: Path) -> di
 def save_png(path: Path, pixels: np.ndarray) -> None:
     """Write an image of the cache. Another process may be reading it: it is never half written.
 
-    Waiting for the disk after each of thousands, as `files.replacing` does, would take longer than
-    cutting them. After a power cut, the lengths in the index tell what has not arrived.
+    Waiting for the disk after each of thousands would take longer than cutting them. After a power
+    cut, the lengths in the index tell what has not arrived.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{files.TEMPORARY}{os.getpid()}-{path.name}")
-    try:
+    with files.replacing(path, synced=False) as new:
         Image.fromarray(pixels).save(new, "PNG", compress_level=1)
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from PIL import Image
 
 import data
 import fedgs
-from support import pictures
+from support import pictures, standin
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("FEDGS_SHARED", ROOT.parent / "shared"))
@@ -52,6 +52,15 @@ def cache(tmp_path_factory) -> Path:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+def shrink_stand_ins(monkeypatch, frames: int, volumes: int, slices: int) -> None:
+    """Have stand-ins of so many frames, or volumes and slices, a centre: they are drawn at once."""
+    for centre, known in standin.POLYPGEN.items():
+        fewer = known._replace(frames=frames, empty=3, several=5)
+        monkeypatch.setitem(standin.POLYPGEN, centre, fewer)
+    for centre, known in standin.LITS.items():
+        monkeypatch.setitem(standin.LITS, centre, known._replace(volumes=volumes, slices=slices))
 
 
 # ------------------------------------------------------------------------------------------- runs

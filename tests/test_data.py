@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, exit_code
+from conftest import SHARED, exit_code, shrink_stand_ins
 from PIL import Image
 from scipy import ndimage
 from tiny_volumes import labels_of, write_volume
@@ -216,11 +216,7 @@ def test_a_lesion_lost_in_resizing_counts_as_none(frames):
 @pytest.fixture
 def few(monkeypatch):
     """Stand-ins that are drawn in a second."""
-    for centre, known in standin.POLYPGEN.items():
-        fewer = known._replace(frames=25, empty=3, several=5)
-        monkeypatch.setitem(standin.POLYPGEN, centre, fewer)
-    for centre, known in standin.LITS.items():
-        monkeypatch.setitem(standin.LITS, centre, known._replace(volumes=5, slices=10))
+    shrink_stand_ins(monkeypatch, frames=25, volumes=5, slices=10)
 
 
 def read_drawn_frames(cache, root=None, **options):

@@ -5,6 +5,7 @@ import hashlib
 import nibabel
 import numpy as np
 import pytest
+from conftest import shrink_stand_ins
 from PIL import Image
 
 import data
@@ -103,11 +104,7 @@ def test_a_tumour_lies_in_the_liver_and_leaves_the_ends_free():
 @pytest.fixture
 def few(monkeypatch):
     """Stand-ins that are drawn in a second."""
-    for centre, known in standin.POLYPGEN.items():
-        fewer = known._replace(frames=20, empty=3, several=5)
-        monkeypatch.setitem(standin.POLYPGEN, centre, fewer)
-    for centre, known in standin.LITS.items():
-        monkeypatch.setitem(standin.LITS, centre, known._replace(volumes=2, slices=6))
+    shrink_stand_ins(monkeypatch, frames=20, volumes=2, slices=6)
 
 
 def draw_frames(cache, *centres, size=32, is_small=np.any):

@@ -15,7 +15,6 @@ network's image for frames, whose physical size nobody knows.
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ import numpy as np
 import data
 import fedgs
 import metrics
-from support import files, options, pictures, runs, tables
+from support import options, runs, tables
 from support.errors import UserError, readable_errors
 from tools.common import DESCRIBES, describe_origin, open_checkpoint
 
@@ -110,24 +109,12 @@ def evaluate(checkpoint: Path, given: dict, out: Path | None, tolerance: float |
         add_surfaces(tests, summary, config, tolerance)
         print("\n" + surfaces_table(checkpoint.stem, summary, config.dataset, tolerance))
 
-    results = {
-        "data": federation.source,
-        "notes": federation.notes,
-        "config": asdict(config),
-        "checkpoints": {checkpoint.stem: summary},
-    }
+    results = runs.describe_results(config, federation, {checkpoint.stem: summary})
     if out:
         scores = runs.score_table(checkpoint.stem, tests)
-        save(out, results, scores, fedgs.draw_tests(clients, tests, heading))
+        figures = fedgs.draw_tests(clients, tests, heading)
+        runs.save_results(out, results, scores, figures)
     return results
-
-
-def save(out: Path, results: dict, scores: list[dict], figures: dict) -> None:
-    """Write the files; results.json comes last."""
-    files.write_text(out / "scores.csv", files.to_csv(scores))
-    for name, figure in figures.items():
-        pictures.save_figure(out / name, figure)
-    files.write_text(out / "results.json", files.to_json(results))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

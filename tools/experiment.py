@@ -15,7 +15,6 @@ of the same fold and seed measured.
 
 import argparse
 import itertools
-import sys
 from collections import deque
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,9 +22,8 @@ from typing import Any
 
 import numpy as np
 
-import data
-from fedgs import DATASETS, PRESETS, Config, configure, run
-from support import hardware, options, processes, runs
+from fedgs import SHOWN_DEFAULTS, Config, configure, run, settle
+from support import options, processes, runs
 from support.errors import UserError, readable_errors
 from support.files import read_csv
 from tools import compare
@@ -43,8 +41,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--control", action="store_true", help=help_text)
 
     names = [name for name in Config.__dataclass_fields__ if name not in (*AXES, "label")]
-    others = {"lits": DATASETS["lits"], "quick": PRESETS["quick"]}
-    options.add_options(parser, Config, names, others)
+    options.add_options(parser, Config, names, SHOWN_DEFAULTS)
     return parser.parse_args(arguments)
 
 
@@ -57,13 +54,7 @@ def plan(given: dict[str, Any], axes: dict[str, list], out: Path) -> list[tuple[
     planned = []
     for fold, seed, method in itertools.product(axes["fold"], axes["seed"], axes["method"]):
         config, why = configure({**given, "method": method, "fold": fold, "seed": seed})
-        config = replace(config, out=str(out / runs.run_name(config)))
-        options.check(config, data.CENTRES[config.dataset])
-
-        # Folders tell which arithmetic was chosen, never "auto".
-        device = hardware.choose_device(config.device)
-        precision = hardware.choose_precision(config.precision, device)
-        config = replace(config, precision=precision)
+        config = settle(replace(config, out=str(out / runs.run_name(config))))
 
         folder = runs.Folder(config)
         if not runs.is_complete(folder):
@@ -153,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
         if processes.under_torchrun():
             raise UserError("start an experiment without torchrun: its runs come one after another")
         processes.end_on_sigterm()
-        experiment(vars(parse(sys.argv[1:] if arguments is None else arguments)))
+        experiment(vars(parse(arguments)))
 
 
 if __name__ == "__main__":
