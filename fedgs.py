@@ -824,6 +824,7 @@ def train(
         disable=None,
     )
     with bar:
+        # A round's seconds are those of training and validation, not of writing its files.
         clients.on_step = bar.update
         start = time.perf_counter()
         for round_, logs, validation in federate(server, clients, config):
@@ -878,9 +879,12 @@ def test(
 
 def draw_tests(clients: LocalClients, tests: Sequence[CentreTest], heading: str) -> dict:
     """Pictures of the network that was tested, on images of this process. -> {file name: figure}"""
-    # Images of other processes have stayed there.
+    # Images of other processes have stayed there, and the picture says whose it shows.
     here = [(test.images, test.evaluation) for test in tests if test.images is not None]
-    what = f"{heading}: test images, evenly spaced by size of lesion"
+    whose = ""
+    if len(here) < len(tests):
+        whose = " of " + ", ".join(images.centre for images, _ in here)
+    what = f"{heading}: test images{whose}, evenly spaced by size of lesion"
     figures = {"predictions.png": pictures.draw_predictions(here, what)}
 
     network = clients.flat.network

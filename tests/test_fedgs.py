@@ -14,6 +14,7 @@ import sys
 import time
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ from fedgs import (
     train_client,
 )
 from models import SDUTNet, UTNet
-from support import checkpoints, runs
+from support import checkpoints, pictures, runs
 from support.errors import UserError
 from support.files import to_json
 
@@ -1035,6 +1036,29 @@ def test_what_was_chosen_is_written_down(finished):
     assert "; fp32; kernels: " in record["hardware"]
     state = torch.load(finished / "best.pt", weights_only=True)
     assert state._metadata["fedgs"]["config"]["precision"] == "fp32"
+
+
+def test_the_picture_says_whose_images_it_shows(flat, generator, monkeypatch):
+    """Those of other processes have stayed there."""
+    headings = []
+
+    def note(tests, heading):
+        headings.append((len(tests), heading))
+
+    monkeypatch.setattr(pictures, "draw_predictions", note)
+    tests = []
+    for centre in ("C1", "C6"):
+        images = square_images(centre, 2, generator)
+        evaluation = fedgs.evaluate(flat.network, images)
+        tests.append(fedgs.CentreTest(centre, "in_test", evaluation.tally, [], images, evaluation))
+    clients = SimpleNamespace(flat=flat)
+    fedgs.draw_tests(clients, tests, "best")
+    tests.append(fedgs.CentreTest("C2", "in_test", evaluation.tally, [], None, None))
+    fedgs.draw_tests(clients, tests, "best")
+    assert headings == [
+        (2, "best: test images, evenly spaced by size of lesion"),
+        (2, "best: test images of C1, C6, evenly spaced by size of lesion"),
+    ]
 
 
 # ------------------------------------------------------------------------------------------ resume
