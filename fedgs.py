@@ -43,6 +43,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
 
@@ -54,6 +55,8 @@ from support.errors import UserError, readable_errors
 from support.options import option
 
 __version__ = "0.2.0"
+
+STATISTICS = ("averaged", "local")  # whose means and variances batch norm uses: see `adapt`
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -69,7 +72,8 @@ class Config:
 
     # What is trained, how, and on what.
     dataset: str = option("polypgen", "data set", choices=("polypgen", "lits"))
-    method: str = option("fedgs", "fedgs, or the baseline fedavg", choices=("fedgs", "fedavg"))
+    method: str = option("fedgs", options.METHOD_HELP, choices=options.METHODS)
+    scaling: str = option("auto", options.SCALING_HELP, choices=("auto", "on", "off"))
     model: str = option("utnet", "network", choices=("utnet", "sd-utnet"))
     preset: str = option("auto", options.PRESET_HELP, choices=("auto", "paper", "quick"), free=True)
 
@@ -80,6 +84,9 @@ class Config:
     lr: float = option(1e-4, "learning rate of the clients' AdamW")
     image_size: int = option(512, "images are resized to this square; a multiple of 16")
     width: int = option(32, "base channels of the network")
+
+    # The baselines. FedProx holds a client near the server's parameters.
+    mu: float = option(0.01, "fedprox: weight of the squared distance from the server")
 
     # The server's step. The control experiment is FedAvg with server_lr = the mean eta of FedGS.
     server_lr: float = option(1.0, "factor on the server's step")
@@ -95,6 +102,9 @@ class Config:
     centres: tuple = option(data.CENTRES["polypgen"], "centres that take part", place=True)
     out_centre: str = option("C6", "the one of them that is held out for testing", place=True)
     seed: int = option(0, "seed of initial weights, batches and augmentation")
+
+    # How a centre uses the network. It is trained in the same way whatever this says.
+    batch_norm: str = option("averaged", options.BATCH_NORM_HELP, choices=STATISTICS, place=True)
 
     # How it computes: none of these changes what a round means.
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"), free=True)
@@ -113,6 +123,16 @@ class Config:
     def clients(self) -> list[str]:
         """The centres that train, in their order."""
         return [centre for centre in self.centres if centre != self.out_centre]
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether clients report the sum of their steps, eta s each, or how far they have come."""
+        return self.method == "fedgs" or self.scaling == "on"
+
+    @property
+    def scales(self) -> bool:
+        """Whether eta is above 1 for small lesions."""
+        return self.accumulates and self.scaling != "off"
 
 
 # -------------------------------------------------- the method: difficulty, step and aggregation
@@ -241,8 +261,9 @@ class State(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What a client's steps change beside the network."""
+    """What a client's steps need beside the network: all of it begins at 0, but for theta."""
 
+    start: Tensor  # (P,), theta, from which the client has started
     m: Tensor  # (P,), AdamW's running mean of the gradient
     v: Tensor  # (P,), and of its square
     step: Tensor  # 0-dim int64, how many steps there were
@@ -275,6 +296,7 @@ class FlatNetwork:
 
         # Made once and not by every client: a CUDA graph needs its memory to stay where it is.
         self.progress = Progress(
+            start=torch.zeros_like(self.parameters),
             m=torch.zeros_like(self.parameters),
             v=torch.zeros_like(self.parameters),
             step=torch.zeros((), dtype=torch.int64, device=self.parameters.device),
@@ -394,6 +416,7 @@ def train_client(
     # Delta_k <- 0, and a fresh optimiser in every round, as in the paper.
     for x in flat.progress:
         x.zero_()
+    flat.progress.start.copy_(state.parameters)
 
     steps = 0
     totals = 0.0
@@ -409,7 +432,7 @@ def train_client(
 
     # FedAvg reports how far the client has come, theta - theta_k. That includes the decay, and
     # every step counts the same.
-    if config.method == "fedgs":
+    if config.accumulates:
         update = flat.progress.update.clone()
     else:
         update = state.parameters - flat.parameters
@@ -423,15 +446,19 @@ def training_step(
 ) -> dict[str, Tensor]:
     """A client's step for a batch, in the network and its progress. -> as of `batch_gradient`"""
     measured = batch_gradient(flat, batch, config, kernels)
+    theta, grad = flat.parameters, flat.grad
+    start, m, v, step, update = flat.progress
+
+    # FedProx also minimises mu / 2 |theta_k - theta|^2 (Li et al., MLSys 2020).
+    if config.method == "fedprox":
+        grad.add_(theta - start, alpha=config.mu)
 
     # The number of the step is on the device, too, so that a GPU counts for itself.
-    theta, grad = flat.parameters, flat.grad
-    m, v, step, update = flat.progress
     step.add_(1)
 
-    # Both methods take the same step, theta_k <- theta_k - s.
+    # All methods take the same step, theta_k <- theta_k - s.
     # FedGS also adds eta times the step to its update, Delta_k <- Delta_k + eta s.
-    if config.method == "fedgs":
+    if config.accumulates:
         eta = measured["eta"]
         kernels.adamw_accumulate_(theta, grad, m, v, step, config.lr, update, eta)
     else:
@@ -505,7 +532,7 @@ def batch_gradient(
     loss.backward()
 
     # The masks that the network has just seen: a rotation may have moved a lesion out of view.
-    if config.method == "fedgs":
+    if config.scales:
         _, _, eta = kernels.mask_difficulty(masks, batch.small, config.log_base)
     else:
         eta = torch.ones((), device=masks.device)
@@ -557,6 +584,34 @@ def predict(network: nn.Module, images: Tensor, size: tuple[int, int] | None = N
     return (output.argmax(dim=1, keepdim=True) == 1).cpu()
 
 
+@torch.no_grad()
+def adapt(network: nn.Module, images: Tensor) -> None:
+    """Give batch norm the means and variances of a centre's own images (N, C, S, S) uint8.
+
+    The server averages statistics of hospitals that differ, and what it gets fits none of them.
+    These are measured without labels, and stay in the centre (AdaBN, Li et al., Pattern Recognition
+    80, 2018; SiloBN, Andreux et al., DART 2020). Nothing is drawn: the same images have the same
+    statistics. At most 256 of them are looked at.
+    """
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    momentum = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = None  # the mean over all batches from here on
+        norm.num_batches_tracked.zero_()
+
+    # Neighbours in a folder look alike, and a batch of them would vary less than the centre does:
+    # each batch takes images from all over it.
+    images = images[:: math.ceil(len(images) / 256)]
+    count = math.ceil(len(images) / 16)
+    network.train()
+    device = next(network.parameters()).device
+    for i in range(count):
+        network(data.normalise(images[i::count].to(device)))
+
+    for norm, before in zip(norms, momentum, strict=True):
+        norm.momentum = before
+
+
 def evaluate(network: nn.Module, images: data.Images) -> metrics.Evaluation:
     """Predict and score one centre's images, sixteen at a time."""
     batches = tqdm(
@@ -582,6 +637,7 @@ class CentreTest:
 
     centre: str
     split: str  # in_test or out_test
+    batch_norm: str  # whose statistics: averaged or local
     tally: Tensor  # sums and counts, see metrics.tally
     scores: list[dict]  # rows of scores.csv
     images: data.Images | None
@@ -635,24 +691,42 @@ class LocalClients:
 
     def evaluate(self, state: State) -> dict[str, Tensor]:
         """{client: sums and counts over its validation images}, see metrics.tally."""
-        self.flat.load(state)
         tallies = {}
         for client, images in self.federation.validation.items():
+            self._use(state, self.config.batch_norm, self.federation.train[client])
             tallies[client] = evaluate(self.flat.network, images).tally
         return tallies
 
     def test(self, state: State) -> Iterator[CentreTest]:
-        """The clients on their own test images, and the held-out centre if it is here."""
-        self.flat.load(state)
-        for images in self.federation.in_test.values():
-            yield self._test(images, "in_test")
-        if self.federation.out_test is not None:
-            yield self._test(self.federation.out_test, "out_test")
+        """The clients on their own test images, and the held-out centre if it is here.
 
-    def _test(self, images: data.Images, split: str) -> CentreTest:
-        evaluation = evaluate(self.flat.network, images)
-        scores = tables.score_rows(split, images, evaluation, self.federation.source)
-        return CentreTest(images.centre, split, evaluation.tally, scores, images, evaluation)
+        Each twice, with the statistics that the server has averaged and with the centre's own.
+        """
+        for client, images in self.federation.in_test.items():
+            yield from self._test(state, images, "in_test", self.federation.train[client])
+
+        # The held-out centre has only the images that it is tested on, and uses no label of theirs.
+        out_test = self.federation.out_test
+        if out_test is not None:
+            yield from self._test(state, out_test, "out_test", out_test)
+
+    def _test(
+        self, state: State, images: data.Images, split: str, own: data.Images
+    ) -> Iterator[CentreTest]:
+        source = self.federation.source
+        for batch_norm in STATISTICS:
+            self._use(state, batch_norm, own)
+            evaluation = evaluate(self.flat.network, images)
+            scores = tables.score_rows(split, batch_norm, images, evaluation, source)
+            yield CentreTest(
+                images.centre, split, batch_norm, evaluation.tally, scores, images, evaluation
+            )
+
+    def _use(self, state: State, batch_norm: str, own: data.Images) -> None:
+        """Load a state as a centre with these images uses it."""
+        self.flat.load(state)
+        if batch_norm == "local" and len(own):
+            adapt(self.flat.network, own.images)
 
 
 # ------------------------------------------------------------------------------------------ server
@@ -661,7 +735,7 @@ class LocalClients:
 def client_weights(config: Config, facts: Mapping[str, data.Facts]) -> dict[str, float]:
     """{client: w_k}: T_k / sum_j T_j for FedGS, n_k / sum_j n_j for FedAvg (paper, section 2)."""
     # FedGS adds up steps, so a client counts by its steps. FedAvg averages over images.
-    if config.method == "fedgs":
+    if config.accumulates:
         sizes = client_steps(config, facts)
     else:
         sizes = {client: facts[client].train for client in config.clients}
@@ -899,14 +973,17 @@ def test(
         # Often both checkpoints are of the same round, and one test is enough.
         if round_ not in tests_of:
             checkpoints.load(clients.flat.network, weights, path)
-            tests_of[round_] = list(clients.test(clients.flat.state()))
+            state = clients.flat.state()
+            tests_of[round_] = list(clients.test(state))
+            clients.flat.load(state)  # without the statistics of the last centre
         if not figures:
-            figures = draw_tests(clients, tests_of[round_], f"{heading}\n{name} (round {round_})")
+            chosen = [test for test in tests_of[round_] if test.batch_norm == config.batch_norm]
+            figures = draw_tests(clients, chosen, f"{heading}\n{name} (round {round_})")
 
         tested[name] = runs.summarise_tests(tests_of[round_], round_)
         scores.extend(runs.score_table(name, tests_of[round_]))
 
-    print(f"\n{heading}\n{tables.results_table(tested)}")
+    print(f"\n{heading}\n{tables.results_tables(tested)}")
     return runs.describe_results(config, federation, tested), scores, figures
 
 

@@ -18,6 +18,16 @@ from support.errors import UserError
 
 # Help texts that take more than a line, and long lists of choices.
 PRESET_HELP = "values for other options; auto: paper with real data and a GPU, else quick"
+METHODS = ("fedgs", "fedavg", "fedprox")
+METHOD_HELP = "fedgs, or one of the baselines fedavg and fedprox"
+SCALING_HELP = (
+    "clients report the sum of their steps, those on small lesions scaled up; auto: on for fedgs "
+    "alone. fedgs with off sums them as they are, which the paper's tables call FedAvg"
+)
+BATCH_NORM_HELP = (
+    "means and variances in validation: averaged by the server, as in the paper, or each centre's "
+    "own; the final test shows both"
+)
 SPLIT_HELP = (
     "each client's train, validation and test images: five folds (the published ones for "
     "PolypGen, of volumes for LiTS), the published per-centre split, or folds that keep "
@@ -178,6 +188,7 @@ def check(config: Any, known_centres: Collection[str]) -> None:
         require(getattr(config, name) >= 1, name, "must be at least 1")
     for name in ("lr", "server_lr", "tau"):
         require(0 < getattr(config, name) <= 1e6, name, "must be above 0, and at most 1e6")
+    require(0 <= config.mu < math.inf, "mu", "must be a number from 0 on")
     require(1 < config.log_base < math.inf, "log_base", "must be a number above 1")
     require(0 <= config.server_momentum < 1, "server_momentum", "must be in [0, 1)")
     require(0 <= config.seed < 2**63, "seed", "must be in [0, 2^63)")

@@ -290,8 +290,8 @@ class SpreadClients:
         for channel in self.channels.values():
             tests.extend(channel.answer())
 
-        of_centre = {test.centre: test for test in tests}
-        return [of_centre[centre] for centre in (*self.owners, self.federation.out_centre)]
+        order = [*self.owners, self.federation.out_centre]
+        return sorted(tests, key=lambda test: order.index(test.centre))
 
 
 def choose_workers(wanted: str, clients: int, device: torch.device) -> int:

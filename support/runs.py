@@ -224,14 +224,19 @@ def describe_round(row: dict[str, Any], rounds: int) -> str:
 def summarise_tests(tests: Sequence[Any], round_: int | None) -> dict[str, Any]:
     """What results.json says of one checkpoint: measures with their counts, by split and centre.
 
-    tests: fedgs.CentreTest of each centre.
+    tests: fedgs.CentreTest of each centre. -> {"round", "averaged": measures, "local": measures}
     """
     summary = {"round": round_}
-    for split in ("in_test", "out_test"):
-        tallies = {test.centre: test.tally for test in tests if test.split == split}
-        by_centre = {centre: metrics.means(tally) for centre, tally in tallies.items()}
-        summary[split] = metrics.means(sum(tallies.values()))
-        summary[f"{split}_by_centre"] = by_centre
+    for batch_norm in dict.fromkeys(test.batch_norm for test in tests):
+        summary[batch_norm] = {}
+        for split in ("in_test", "out_test"):
+            tallies = {}
+            for test in tests:
+                if (test.batch_norm, test.split) == (batch_norm, split):
+                    tallies[test.centre] = test.tally
+            by_centre = {centre: metrics.means(tally) for centre, tally in tallies.items()}
+            summary[batch_norm][split] = metrics.means(sum(tallies.values()))
+            summary[batch_norm][f"{split}_by_centre"] = by_centre
     return summary
 
 

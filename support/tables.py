@@ -5,9 +5,28 @@ from typing import Any
 
 from metrics import MEASURES, Evaluation, lesion_dice
 
+BATCH_NORM = {  # name in files -> heading
+    "averaged": "batch norm's statistics averaged by the server, as published",
+    "local": "batch norm's statistics of each centre's own images",
+}
+
+
+def results_tables(results: Mapping[str, Mapping]) -> str:
+    """The final tables of a run, one for each kind of batch-norm statistics.
+
+    results: {checkpoint: what results.json says of it}, see runs.summarise_tests
+    """
+    blocks = []
+    for batch_norm, heading in BATCH_NORM.items():
+        of_kind = {}
+        for name, result in results.items():
+            of_kind[name] = {"round": result["round"], **result[batch_norm]}
+        blocks.append(f"{heading}\n{results_table(of_kind)}")
+    return "\n\n".join(blocks)
+
 
 def results_table(results: Mapping[str, Mapping]) -> str:
-    """The final table of a run: a row for each measure, a pair of columns for each checkpoint.
+    """A row for each measure, a pair of columns for each checkpoint.
 
     results: {checkpoint: {"round": int or None, "in_test": means, "out_test": means}}, means as
     from metrics.means. A cell is a mean and its count. A measure that nothing was counted for has
@@ -51,11 +70,14 @@ def cell(found: Mapping[str, Any]) -> str:
     return f"{found['mean']:.3f} (n={found['n']})"
 
 
-def score_rows(split: str, images: Any, evaluation: Evaluation, source: str) -> list[dict]:
+def score_rows(
+    split: str, batch_norm: str, images: Any, evaluation: Evaluation, source: str
+) -> list[dict]:
     """The rows of scores.csv for one centre's test, an image each, but for the checkpoint's name.
 
-    split: in_test or out_test; images: data.Images, and evaluation theirs; source: where the images
-    come from, so that a stand-in's scores can never be taken for those of real data.
+    split: in_test or out_test; batch_norm: averaged or local; images: data.Images, and evaluation
+    theirs; source: where the images come from, so that a stand-in's scores can never be taken for
+    those of real data.
     """
     inverse_areas = images.inverse_area.tolist()
     small = images.small.tolist()
@@ -66,6 +88,7 @@ def score_rows(split: str, images: Any, evaluation: Evaluation, source: str) -> 
         rows.append(
             {
                 "split": split,
+                "batch_norm": batch_norm,
                 "centre": images.centre,
                 "name": name,
                 "inverse_area": inverse_areas[i],

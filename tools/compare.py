@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fedgs import Config
+from fedgs import STATISTICS, Config
 from metrics import MEASURES, RECALL_BINS
 from support.errors import UserError, readable_errors
 from support.files import read_csv
@@ -65,6 +65,7 @@ class Run(NamedTuple):
     source: str  # where its test images come from
     config: dict
     checkpoint: str
+    batch_norm: str  # whose statistics: averaged or local
     means: dict[str, dict]  # {split: {measure: {"mean": float, "n": int}}}
     scores: dict[Image, Score]
 
@@ -118,14 +119,17 @@ class Section(NamedTuple):
 # ------------------------------------------------------------------------------------ comparison
 
 
-def compare(folders: Iterable[str | Path], checkpoint: str = "") -> list[Section]:
+def compare(
+    folders: Iterable[str | Path], checkpoint: str = "", batch_norm: str = ""
+) -> list[Section]:
     """Read finished runs and compare them: a Section for each data set and network.
 
-    checkpoint: whose results; "": `best`, or the only one that an evaluation wrote. Raises
+    checkpoint: whose results; "": `best`, or the only one that an evaluation wrote. batch_norm:
+    whose statistics, averaged or local; "": those that each run was validated with. Raises
     UserError for folders without a finished run, damaged files, and runs that do not belong
     together.
     """
-    runs = [read_run(Path(folder), checkpoint) for folder in folders]
+    runs = [read_run(Path(folder), checkpoint, batch_norm) for folder in folders]
     check_together(runs)
 
     sections: dict[tuple[str, str], list[Run]] = {}
@@ -149,7 +153,11 @@ def compare_section(runs: list[Run]) -> Section:
             differences[first, second, split, measure] = found
 
     checkpoints = " and ".join(dict.fromkeys(run.checkpoint for run in runs))
-    title = f"{runs[0].source}, {runs[0].config['model']}, checkpoint {checkpoints}"
+    statistics = " and ".join(dict.fromkeys(run.batch_norm for run in runs))
+    title = (
+        f"{runs[0].source}, {runs[0].config['model']}, checkpoint {checkpoints}, "
+        f"{statistics} batch-norm statistics"
+    )
     return Section(title, groups, summaries, differences)
 
 
@@ -324,11 +332,11 @@ CONFIG_TYPES = {  # options that a comparison relies on
     "image_size": int,
     "tau": (int, float),
 }
-SCORE_COLUMNS = ("checkpoint", "split", "centre", "name", *Score._fields)
+SCORE_COLUMNS = ("checkpoint", "split", "batch_norm", "centre", "name", *Score._fields)
 
 
-def read_run(folder: Path, checkpoint: str = "") -> Run:
-    """A run's results.json and scores.csv. Raises UserError; checkpoint as in compare."""
+def read_run(folder: Path, checkpoint: str = "", batch_norm: str = "") -> Run:
+    """A run's results.json and scores.csv. Raises UserError; the others as in compare."""
     for name in ("results.json", "scores.csv"):
         if not (folder / name).is_file():
             raise UserError(
@@ -339,7 +347,10 @@ def read_run(folder: Path, checkpoint: str = "") -> Run:
     rows = read_csv(folder / "scores.csv", SCORE_COLUMNS)
     try:
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        runs = {name: as_run(folder, results, rows, name) for name in results["checkpoints"]}
+        batch_norm = batch_norm or results["config"]["batch_norm"]
+        runs = {}
+        for name in results["checkpoints"]:
+            runs[name] = as_run(folder, results, rows, name, batch_norm)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"{folder}: results.json or scores.csv is damaged, or of another version ({error!r})"
@@ -354,7 +365,9 @@ def read_run(folder: Path, checkpoint: str = "") -> Run:
     return runs[checkpoint]
 
 
-def as_run(folder: Path, results: dict, rows: Iterable[dict[str, str]], checkpoint: str) -> Run:
+def as_run(
+    folder: Path, results: dict, rows: Iterable[dict[str, str]], checkpoint: str, batch_norm: str
+) -> Run:
     """One checkpoint in a run's files. Raises what incomplete or wrong content makes it raise."""
     config = results["config"]
     for name, kind in CONFIG_TYPES.items():
@@ -363,12 +376,12 @@ def as_run(folder: Path, results: dict, rows: Iterable[dict[str, str]], checkpoi
 
     means = {}
     for split in SPLITS:
-        found = results["checkpoints"][checkpoint][split]
+        found = results["checkpoints"][checkpoint][batch_norm][split]
         means[split] = {measure: as_mean(found[measure]) for measure in MEASURES}
 
     scores = {}
     for row in rows:
-        if row["checkpoint"] == checkpoint:
+        if (row["checkpoint"], row["batch_norm"]) == (checkpoint, batch_norm):
             image = row["split"], row["centre"], row["name"]
             scores[image] = Score(
                 inverse_area=float(row["inverse_area"]),
@@ -378,7 +391,7 @@ def as_run(folder: Path, results: dict, rows: Iterable[dict[str, str]], checkpoi
             )
     if not scores:
         raise LookupError(f"scores of {checkpoint}")
-    return Run(folder, results["data"], config, checkpoint, means, scores)
+    return Run(folder, results["data"], config, checkpoint, batch_norm, means, scores)
 
 
 def as_mean(found: dict) -> dict:
@@ -628,16 +641,19 @@ def main(arguments: list[str] | None = None) -> None:
         parser = new_parser(__doc__, "python -m tools.compare")
         parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
         parser.add_argument("--checkpoint", help="whose results: best (default) or best_small")
+        parser.add_argument(
+            "--batch-norm", choices=STATISTICS, help="whose statistics (those of validation)"
+        )
         parser.add_argument("--markdown", action="store_true", help="print tables in Markdown")
         parser.add_argument("--plot", metavar="FILE", type=Path, help="draw it: .png, .pdf, .svg")
-        parser.set_defaults(checkpoint="", markdown=False, plot=None)
+        parser.set_defaults(checkpoint="", batch_norm="", markdown=False, plot=None)
         given = parser.parse_args(arguments)
 
         plot = given.plot
         if plot and plot.suffix.lower() not in (".png", ".pdf", ".svg"):
             raise UserError(f"--plot {plot}: must end in .png, .pdf or .svg")
 
-        sections = compare(given.runs, given.checkpoint)
+        sections = compare(given.runs, given.checkpoint, given.batch_norm)
         if plot and len(sections) > 1:
             titles = "; ".join(section.title for section in sections)
             raise UserError(f"--plot draws one data set and network at a time: {titles}")

@@ -13,6 +13,7 @@ network's image for frames, whose physical size nobody knows.
 """
 
 import argparse
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,10 +62,10 @@ def add_surfaces(
     tests: Sequence[fedgs.CentreTest], summary: dict, config: fedgs.Config, tolerance: float
 ) -> None:
     """Measure boundaries, and add them to the rows of scores.csv and the summary of the splits."""
-    for split in ("in_test", "out_test"):
+    for batch_norm, split in itertools.product(fedgs.STATISTICS, ("in_test", "out_test")):
         of_split = []
         for test in tests:
-            if test.split != split:
+            if (test.batch_norm, test.split) != (batch_norm, split):
                 continue
             spacings = data.pixel_spacings(test.images, config.data_root, config.cache)
             measured = measure_surfaces(test, spacings, tolerance)
@@ -72,16 +73,17 @@ def add_surfaces(
             for row, (nsd, hd95) in zip(test.scores, measured.tolist(), strict=True):
                 row["nsd"] = nsd
                 row["hd95"] = hd95
-        summary[split].update(means_over_images(np.concatenate(of_split)))
+        summary[batch_norm][split].update(means_over_images(np.concatenate(of_split)))
 
 
 def surfaces_table(name: str, summary: dict, dataset: str, tolerance: float) -> str:
     """What was measured of boundaries, as text."""
     unit = "mm" if dataset == "lits" else "pixels of the network's image"
     rows = [[f"{name}, boundaries", "in-test", "out-test"]]
-    for measure, heading in SURFACES.items():
-        cells = [tables.cell(summary[split][measure]) for split in ("in_test", "out_test")]
-        rows.append([heading, *cells])
+    for batch_norm, (measure, heading) in itertools.product(fedgs.STATISTICS, SURFACES.items()):
+        found = summary[batch_norm]
+        cells = [tables.cell(found[split][measure]) for split in ("in_test", "out_test")]
+        rows.append([f"{heading}, {batch_norm} statistics", *cells])
     return f"{tables.aligned(rows)}\nNSD: within {tolerance:g} {unit}; HD95 in {unit}"
 
 
@@ -104,7 +106,7 @@ def evaluate(checkpoint: Path, given: dict, out: Path | None, tolerance: float |
     tests = list(clients.test(clients.flat.state()))
     summary = runs.summarise_tests(tests, about.get("round"))
     heading = f"{checkpoint.name}: {runs.title(config, federation)}"
-    print(f"\n{heading}\n{tables.results_table({checkpoint.stem: summary})}")
+    print(f"\n{heading}\n{tables.results_tables({checkpoint.stem: summary})}")
     if tolerance is not None:
         add_surfaces(tests, summary, config, tolerance)
         print("\n" + surfaces_table(checkpoint.stem, summary, config.dataset, tolerance))
@@ -112,7 +114,8 @@ def evaluate(checkpoint: Path, given: dict, out: Path | None, tolerance: float |
     results = runs.describe_results(config, federation, {checkpoint.stem: summary})
     if out:
         scores = runs.score_table(checkpoint.stem, tests)
-        figures = fedgs.draw_tests(clients, tests, heading)
+        chosen = [test for test in tests if test.batch_norm == config.batch_norm]
+        figures = fedgs.draw_tests(clients, chosen, heading)
         runs.save_results(out, results, scores, figures)
     return results
 
