@@ -7,6 +7,7 @@ torch's own AdamW gives, and the files say what the checkpoints and images say.
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import re
@@ -29,6 +30,7 @@ import data
 import fedgs
 from fedgs import Config, FlatNetwork, LocalClients, Server
 from models import UTNet
+from support.runs import Folder
 from tools import evaluate, predict
 
 pytestmark = pytest.mark.usefixtures("plain_pictures")
@@ -378,6 +380,20 @@ def test_rounds_by_hand(options, scaling, kernels, monkeypatch):
     assert not watched.seen
     moved = server.state.parameters.double() - vector(one_layer().parameters())
     assert moved.abs().min() > 1e-3  # and all of it is more than a rounding
+
+
+def test_a_round_takes_its_own_time(monkeypatch, tmp_path):
+    """Training and validation, from the end of the round before: nothing else runs on the clock."""
+    monkeypatch.setattr(fedgs.time, "perf_counter", itertools.count().__next__)
+    config = Config(rounds=3, batch_size=2, image_size=16, out=str(tmp_path))
+    flat = FlatNetwork(one_layer())
+    clients = LocalClients(flat, two_clients(), config)
+    server = Server(flat.state(), {"C1": 0.5, "C2": 0.5}, config)
+    history = []
+    fedgs.train(
+        server, clients, replace(config, centres=("C1", "C2", "C6")), Folder(config), history
+    )
+    assert [row["seconds"] for row in history] == [1, 1, 1]
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
