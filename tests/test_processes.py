@@ -311,6 +311,15 @@ def test_ctrl_c_in_a_terminal_is_one_line(square_root, tmp_path):
     assert signal.SIGINT in early
 
 
+def test_a_process_that_serves_does_nothing_else(monkeypatch):
+    joined = []
+    monkeypatch.setattr(processes, "serves", lambda: True)
+    monkeypatch.setattr(processes, "join", joined.append)
+    monkeypatch.setattr(fedgs, "run", None)
+    fedgs.main(["--rounds", "1"])
+    assert joined == [fedgs.open_local_clients]
+
+
 @pytest.mark.slow
 def test_help_ends_under_torchrun():
     run = start("--help", torchrun=2)
