@@ -1,5 +1,7 @@
 """Clients in other processes: the results of one, and a clear end when something goes wrong."""
 
+import functools
+import multiprocessing
 import os
 import queue
 import shutil
@@ -280,6 +282,16 @@ def listening(pid):
             if f"socket:[{fields[6]}]" in held and len(fields) > 7:
                 found.append(line)
     return found
+
+
+def test_a_pipe_that_ends_is_an_error_for_people():
+    """Whoever waits for an answer, or asks."""
+    mine, theirs = multiprocessing.Pipe()
+    channel = processes.PipeChannel(mine, "worker 1 of 2")
+    theirs.close()
+    for talk in (channel.answer, functools.partial(channel.request, "evaluate")):
+        with pytest.raises(UserError, match="worker 1 of 2 is gone; .*--resume goes on"):
+            talk()
 
 
 def test_nobody_ends_a_process_that_is_at_work():
