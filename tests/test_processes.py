@@ -290,7 +290,7 @@ def test_a_pipe_that_ends_is_an_error_for_people():
     channel = processes.PipeChannel(mine, "worker 1 of 2")
     theirs.close()
     for talk in (channel.answer, functools.partial(channel.request, "evaluate")):
-        with pytest.raises(UserError, match="worker 1 of 2 is gone; .*--resume goes on"):
+        with pytest.raises(UserError, match=r"worker 1 of 2 is gone; .*--resume goes on"):
             talk()
 
 
