@@ -203,13 +203,20 @@ def test_distances_that_are_none(test_again, capsys, tolerance):
     refused(capsys, test_again("--surfaces", tolerance), f"--surfaces {tolerance}", "above 0")
 
 
-SPACINGS = {0: (0.5, 2.0), 1: (1.0, 1.5), 120: (3.0, 0.25), 121: (0.6, 0.7)}  # mm, by volume
+SPACINGS = {
+    0: (0.5, 2.0),
+    1: (1.0, 1.5),
+    30: (0.9, 1.1),
+    31: (2.0, 0.8),
+    120: (3.0, 0.25),
+    121: (0.6, 0.7),
+}  # mm, by volume
 HEIGHT, WIDTH = 48, 40
 
 
 @pytest.fixture
 def ct_root(tmp_path):
-    """Four small volumes in LiTS's layout, whose pixels have other sizes."""
+    """Small volumes in LiTS's layout, of three centres, whose pixels have other sizes."""
     root = tmp_path / "ct"
     root.mkdir()
     generator = np.random.default_rng(0)
@@ -228,9 +235,9 @@ def ct_root(tmp_path):
 def test_boundaries_in_mm_of_ct(ct_root, tmp_path, capsys):
     """Each volume has its own pixels, which resizing has made larger or smaller."""
     lits = {"dataset": "lits", "split": "centre", "out_centre": "C5"}
-    path = save_checkpoint(tmp_path / "ct.pt", "LiTS", **lits, centres=("C1", "C4", "C5"))
+    path = save_checkpoint(tmp_path / "ct.pt", "LiTS", **lits, centres=("C1", "C2", "C4", "C5"))
     out = tmp_path / "out"
-    centres = ["--centres", "C1", "C5"]
+    centres = ["--centres", "C1", "C2", "C5"]
     arguments = [path, "--data-root", ct_root, *centres, "--surfaces", 2.5, "--out", out]
     assert exit_code(evaluate.main, arguments) == 0
     assert "NSD: within 2.5 mm; HD95 in mm" in capsys.readouterr().out
@@ -240,7 +247,7 @@ def test_boundaries_in_mm_of_ct(ct_root, tmp_path, capsys):
         between_rows, between_columns = SPACINGS[number]
         return between_rows * HEIGHT / 32, between_columns * WIDTH / 32
 
-    given = {"data_root": str(ct_root), "centres": ["C1", "C5"]}
+    given = {"data_root": str(ct_root), "centres": ["C1", "C2", "C5"]}
     expected = surfaces_by_hand(path, given, spacing_of, 2.5)
     names = {name for _, _, name in expected}
     assert names > {"volume-120_slice-1", "volume-120_slice-2", "volume-121_slice-1"}

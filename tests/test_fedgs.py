@@ -90,6 +90,9 @@ def test_given_options_come_before_the_preset_and_the_data_set():
     assert (config.centres, config.out_centre) == (data.CENTRES["lits"], "C5")
     assert config.split == "centre"
 
+    config, _ = fedgs.configure({"preset": "quick", "dataset": "lits"})
+    assert (config.rounds, config.tau) == (fedgs.PRESETS["quick"]["rounds"], 1000)
+
 
 def test_the_preset_follows_data_and_hardware(square_root, monkeypatch):
     real = {"data_root": str(square_root)}
@@ -373,6 +376,13 @@ def test_an_epoch_is_every_image_once_in_a_new_order(generator):
     assert orders[0] != orders[1]
     assert orders[0] != sorted(orders[0])
 
+    # Whichever image an epoch leaves out, others take it.
+    trained = set()
+    for _ in range(20):
+        for batch in fedgs.epoch_batches(images, config, generator):
+            trained.update(batch.images[:, 0, 0, 0].tolist())
+    assert trained == set(range(7))
+
 
 def test_difficulty_is_of_what_the_network_sees(flat, generator, monkeypatch):
     """The masks after augmentation, with the flags of the same images, and the log base."""
@@ -495,6 +505,22 @@ def test_memory_format_throughout(precision, memory, dtype, generator):
         assert given.is_contiguous(memory_format=memory), name
         assert out.is_contiguous(memory_format=memory), name
         assert out.dtype == dtype, name
+
+
+def test_losses_are_float32(generator, monkeypatch):
+    """In bfloat16 the sum over a batch's pixels would lose most of its digits."""
+    seen = []
+    loss = metrics.soft_dice_loss
+
+    def watched(logits, masks):
+        seen.append(logits.dtype)
+        return loss(logits, masks)
+
+    monkeypatch.setattr(metrics, "soft_dice_loss", watched)
+    network = fedgs.build_network(CONFIG)
+    images = torch.rand(2, 3, 32, 32, generator=generator)
+    fedgs.training_loss(network, images, torch.zeros(2, 1, 32, 32), None, "bf16")
+    assert seen == [torch.float32]
 
 
 def test_prediction_is_the_lesion_channel_in_evaluation_mode(generator):
@@ -1071,6 +1097,30 @@ def test_the_picture_says_whose_images_it_shows(flat, generator, monkeypatch):
     ]
 
 
+def test_the_picture_of_anatomy_is_the_networks(generator, monkeypatch):
+    """Of the chosen image: what the segmentor sees, and the image given back in its mean look."""
+    config = replace(CONFIG, model="sd-utnet")
+    network = fedgs.build_network(config).train()
+    images = square_images("C1", 3, generator)
+    drawn = []
+
+    def note(*what):
+        drawn.extend(what)
+
+    monkeypatch.setattr(pictures, "draw_anatomy", note)
+    fedgs.draw_anatomy(network, images, 1, "best")
+
+    network.eval()
+    with torch.no_grad():
+        x = data.normalise(images.images[1:2])
+        anatomy = network.a_encoder(x)
+        mu, _ = network.m_encoder(x)
+        reconstruction = network.reconstruct(anatomy, mu)
+    for found, expected in zip(drawn[:3], (x, anatomy, reconstruction), strict=True):
+        assert torch.equal(found, expected[0])
+    assert drawn[3] == "best\nC1, 1"
+
+
 # ------------------------------------------------------------------------------------------ resume
 
 
@@ -1184,6 +1234,7 @@ def test_sigterm_is_a_line(cache, tmp_path):
         (["--data-root", "no/such/folder"], ["--data-root no/such/folder", "no such folder"]),
         (["--data-root", "."], ["--data-root", "data_C1"]),
         (["--workers", "3"], ["--workers 3", "there are 2 clients"]),
+        (["--dataset", "lits"], ["--centres C4 C5 C6", "among C1 C2 C3 C4 C5"]),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(

@@ -94,6 +94,18 @@ def test_disentangled_loss_is_its_formula(parts, generator):
     assert total.item() == pytest.approx(weighted, rel=1e-12)
 
 
+def test_every_term_has_its_gradient(parts, generator):
+    """By all that the network computed: nothing is taken for a constant."""
+    images = torch.randn(3, 3, 4, 4, generator=generator).double()
+    masks = torch.rand(3, 1, 4, 4, generator=generator) < 0.4
+
+    def losses(*computed):
+        _, terms = metrics.disentangled_loss(type(parts)(*computed), images, masks)
+        return tuple(terms.values())
+
+    assert torch.autograd.gradcheck(losses, [x.double().requires_grad_() for x in parts])
+
+
 def test_divergence_is_that_of_two_normal_distributions(parts):
     def kl(mu, log_variance):
         changed = parts._replace(

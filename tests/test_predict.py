@@ -241,6 +241,22 @@ def test_what_was_found_is_said(tmp_path, lesions, expected):
     assert found == expected
 
 
+def test_the_network_sees_an_image_as_in_training(tmp_path, generator):
+    pixels = torch.randint(0, 256, (41, 67, 3), dtype=torch.uint8, generator=generator)
+    Image.fromarray(pixels.numpy()).save(tmp_path / "a.png")
+    seen = []
+
+    def network(images, size):
+        seen.append(images)
+        return bright(images, size)
+
+    assert (
+        segment({"a": tmp_path / "a.png"}, tmp_path / "out", "polypgen", 32, SOURCE, network) == []
+    )
+    resized = Image.fromarray(pixels.numpy()).resize((32, 32), Image.Resampling.BILINEAR)
+    assert torch.equal(seen[0], torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None])
+
+
 def test_one_bad_file_among_good_ones(tmp_path, capsys, checkpoint):
     good = write_image(tmp_path / "a.png")
     bad = tmp_path / "b.png"
@@ -325,6 +341,16 @@ def test_voxels_of_a_mask(tmp_path):
     grey = np.round((np.clip(hu, -200, 200) + 200) / 400 * 255)
     mask = nibabel.load(tmp_path / "out" / "a_mask.nii.gz")
     assert np.array_equal(np.asarray(mask.dataobj), grey > 127)
+
+
+def test_a_lesion_of_a_volume_stays_in_its_place(tmp_path):
+    """Slices are no squares, and the network sees them as such."""
+    hu = np.full((32, 20, 3), -200, np.int16)
+    hu[4:14, 12:18, 1] = 200
+    nibabel.Nifti1Image(hu, np.eye(4)).to_filename(tmp_path / "a.nii")
+    assert segment({"a": tmp_path / "a.nii"}, tmp_path / "out", "lits", 64) == []
+    mask = np.asarray(nibabel.load(tmp_path / "out" / "a_mask.nii.gz").dataobj)
+    assert np.array_equal(mask > 0, hu > 0)
 
 
 def test_what_was_found_in_a_volume(tmp_path):

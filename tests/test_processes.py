@@ -1,11 +1,16 @@
 """Clients in other processes: the results of one, and a clear end when something goes wrong."""
 
+import functools
+import multiprocessing
 import os
+import queue
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -279,6 +284,16 @@ def listening(pid):
     return found
 
 
+def test_a_pipe_that_ends_is_an_error_for_people():
+    """Whoever waits for an answer, or asks."""
+    mine, theirs = multiprocessing.Pipe()
+    channel = processes.PipeChannel(mine, "worker 1 of 2")
+    theirs.close()
+    for talk in (channel.answer, functools.partial(channel.request, "evaluate")):
+        with pytest.raises(UserError, match=r"worker 1 of 2 is gone; .*--resume goes on"):
+            talk()
+
+
 def test_nobody_ends_a_process_that_is_at_work():
     channel = Script()
     channel.request("train", answers=2)
@@ -309,6 +324,15 @@ def test_ctrl_c_in_a_terminal_is_one_line(square_root, tmp_path):
     assert run.returncode == 130
     assert error == f"fedgs.py: interrupted; {processes.GO_ON}\n"
     assert signal.SIGINT in early
+
+
+def test_a_process_that_serves_does_nothing_else(monkeypatch):
+    joined = []
+    monkeypatch.setattr(processes, "serves", lambda: True)
+    monkeypatch.setattr(processes, "join", joined.append)
+    monkeypatch.setattr(fedgs, "run", None)
+    fedgs.main(["--rounds", "1"])
+    assert joined == [fedgs.open_local_clients]
 
 
 @pytest.mark.slow
@@ -462,6 +486,73 @@ def test_the_server_with_its_company(tiny, monkeypatch):
         assert threads == [3]
     assert theirs.told == [("open", tiny, ["C5"], 3), processes.END]
     assert threads == [3, 7]  # as before
+
+
+class Line(processes.Channel):
+    """A channel to another thread."""
+
+    def __init__(self, outgoing, incoming):
+        super().__init__("the other thread")
+        self.outgoing = outgoing
+        self.incoming = incoming
+
+    def send_bytes(self, content):
+        self.outgoing.put(content)
+
+    def receive_bytes(self):
+        return self.incoming.get(timeout=60)
+
+
+def test_rounds_by_messages_are_those_of_one_process(tiny, monkeypatch):
+    """Training, validation and tests of clients that another thread serves, bit for bit."""
+    small = {"image_size": 16, "batch_size": 8, "local_epochs": 1}
+    config = replace(tiny, centres=("C3", "C4", "C5", "C6"), rounds=2, **small)
+    one_by_one = threading.Lock()  # initial weights are drawn from torch's global generator
+
+    def open_local(config, centres):
+        with one_by_one:
+            return fedgs.open_local_clients(config, centres)
+
+    def start_threads(count, open_local):
+        there, back = queue.Queue(), queue.Queue()
+        serving = (Line(back, there), open_local)
+        threading.Thread(target=processes.serve, args=serving, daemon=True).start()
+        return {1: Line(there, back)}
+
+    def outcome(clients):
+        weights = fedgs.client_weights(config, clients.federation.facts)
+        server = fedgs.Server(clients.flat.state(), weights, config)
+        rounds = []
+        for _, logs, validation in fedgs.federate(server, clients, config):
+            rounds.append((logs, str(validation)))
+        tests = list(clients.test(server.state))
+        tallies = [(test.centre, test.split, test.tally.tolist()) for test in tests]
+        return server.state, rounds, [test.scores for test in tests], tallies
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(processes, "threads_of_each", lambda count: threads)
+    monkeypatch.setattr(processes, "start_workers", start_threads)
+    with processes.spread(open_local, config, {"C3": 9, "C4": 4, "C5": 8}, 2) as clients:
+        assert clients.owners == {"C3": 0, "C4": 1, "C5": 1}
+        state, *others = outcome(clients)
+
+    state_alone, *others_alone = outcome(open_local(config, config.centres))
+    assert all(torch.equal(a, b) for a, b in zip(state, state_alone, strict=True))
+    assert others == others_alone
+
+
+def test_ctrl_c_is_ignored_by_workers_alone(monkeypatch):
+    """They inherit it from the process that starts them, which goes on as before."""
+    handlers = []
+    pipes = SimpleNamespace(close=lambda: None)
+    process = SimpleNamespace(start=lambda: handlers.append(signal.getsignal(signal.SIGINT)))
+    context = SimpleNamespace(Pipe=lambda: (pipes, pipes), Process=lambda **how: process)
+    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda kind: context)
+
+    before = signal.getsignal(signal.SIGINT)
+    assert list(processes.start_workers(3, fedgs.open_local_clients)) == [1, 2]
+    assert handlers == [signal.SIG_IGN, signal.SIG_IGN]
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_answers_come_in_client_order():

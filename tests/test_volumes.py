@@ -63,7 +63,9 @@ def other_label(volume, segmentation):
 
 
 def no_numbers(volume, segmentation):
-    write_volume(volume.parent, 0, labels_of(60), np.full((16, 20, 1), np.nan), dtype=np.float32)
+    hu = np.zeros((16, 20, 1))
+    hu[3, 4] = np.nan
+    write_volume(volume.parent, 0, labels_of(60), hu, dtype=np.float32)
 
 
 @pytest.mark.parametrize(
