@@ -43,8 +43,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parameters_to_vector
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 import data
@@ -584,7 +584,6 @@ def predict(network: nn.Module, images: Tensor, size: tuple[int, int] | None = N
     return (output.argmax(dim=1, keepdim=True) == 1).cpu()
 
 
-@torch.no_grad()
 def adapt(network: nn.Module, images: Tensor) -> None:
     """Give batch norm the means and variances of a centre's own images (N, C, S, S) uint8.
 
@@ -593,23 +592,13 @@ def adapt(network: nn.Module, images: Tensor) -> None:
     80, 2018; SiloBN, Andreux et al., DART 2020). Nothing is drawn: the same images have the same
     statistics. At most 256 of them are looked at.
     """
-    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
-    momentum = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = None  # the mean over all batches from here on
-        norm.num_batches_tracked.zero_()
-
     # Neighbours in a folder look alike, and a batch of them would vary less than the centre does:
     # each batch takes images from all over it.
     images = images[:: math.ceil(len(images) / 256)]
     count = math.ceil(len(images) / 16)
-    network.train()
     device = next(network.parameters()).device
-    for i in range(count):
-        network(data.normalise(images[i::count].to(device)))
-
-    for norm, before in zip(norms, momentum, strict=True):
-        norm.momentum = before
+    batches = (data.normalise(images[i::count].to(device)) for i in range(count))
+    update_bn(batches, network)  # to their mean over the batches
 
 
 def evaluate(network: nn.Module, images: data.Images) -> metrics.Evaluation:

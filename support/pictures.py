@@ -5,6 +5,7 @@ the functions: it is slow, and training does not need it.
 """
 
 import itertools
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -221,143 +222,84 @@ def draw_anatomy(image: Tensor, anatomy: Tensor, reconstruction: Tensor, title: 
 
 # ----------------------------------------------------------------------------- methods side by side
 
-Points = tuple[np.ndarray, np.ndarray]  # inverse areas (n,) and Dice (n,) of the same images
-Runs = Sequence[tuple[float, int]]  # mean of a measure, and its count, in each run of a method
+Places = Mapping[str, Mapping[str, Any]]  # {place: {measure: its tools.compare.Difference}}
+
+MEASURE_COLOURS = {"Dice": "black", "Dice_S": RED, "Dice_L": BLUE}
+PAIR = {"marker": "o", "markersize": 4, "linestyle": "none", "alpha": 0.5, "markeredgewidth": 0}
+MEAN = {"marker": "D", "markersize": 4, "linestyle": "none"}
+OVER_IMAGES = {"linewidth": 5, "alpha": 0.35, "solid_capstyle": "butt"}
+WITH_SEEDS = {"linewidth": 1.3}
 
 
-def draw_comparison(
-    title: str,
-    tau: float,
-    sizes: np.ndarray,
-    points: Mapping[str, Points],
-    bars: Mapping[str, Mapping[str, Mapping[str, Runs]]],
-) -> "Figure":
-    """Methods side by side: Dice of every test image against its size, and means in groups.
+def draw_comparison(title: str, rows: Mapping[str, tuple[Places, Places]]) -> "Figure":
+    """Differences between methods: a row for every two of them, by size of lesion and by centre.
 
-    sizes: inverse areas of all test images with a lesion; points: {method: those that its runs were
-    tested on}; bars: three {measure: {group: {method: its runs}}}.
+    rows: {"one − another, 3 pairs of runs": (by size, by centre)}
     """
-    from matplotlib.patches import Patch
+    figure = new_figure(title, 10, 3.1 * len(rows) + 1.3)
+    grid = figure.subplots(len(rows), 2, sharey=True, squeeze=False)
+    point = "a point is a pair of runs' mean difference"
+    for (left, right), (name, (by_size, by_centre)) in zip(grid, rows.items(), strict=True):
+        draw_differences(left, by_size)
+        draw_differences(right, by_centre)
 
-    figure = new_figure(title, 13, 10)
-    layout = [["sizes", "sizes", "sizes"], ["counts", "counts", "counts"], ["1", "2", "3"]]
-    places = figure.subplot_mosaic(layout, height_ratios=(4, 1, 3.4))
-    colours = dict(zip(points, itertools.cycle(COLOURS)))
+        # The row's name stands above its left panel. The right one's title begins as low.
+        name = textwrap.fill(name, 64)
+        left.set_title(f"{name}\nby size of lesions: {point}", loc="left", fontsize=10)
+        right.set_title(f"by centre: {point}", loc="left", fontsize=10)
+        left.set_ylabel("difference in Dice")
 
-    draw_sizes(places["sizes"], tau, points, colours)
-    draw_counts(places["counts"], sizes)
-    places["sizes"].sharex(places["counts"])
-    places["sizes"].tick_params(labelbottom=False)
-
-    for place, (measure, groups) in zip("123", bars.items(), strict=True):
-        draw_bars(places[place], measure, groups, colours)
-
-    methods = [Patch(color=colour, label=method) for method, colour in colours.items()]
-    figure.legend(handles=methods, loc="outside lower center", ncols=3, frameon=False)
+    explain_marks(figure)
     return figure
 
 
-def draw_sizes(
-    axes: "Axes", tau: float, points: Mapping[str, Points], colours: Mapping[str, str]
-) -> None:
-    """Dice against inverse area: images as points, and their running mean with its interval."""
-    for method, (inverse_area, dice) in points.items():
-        colour = colours[method]
-        axes.scatter(inverse_area, dice, s=12, color=colour, alpha=0.45, linewidths=0)
-        if len(dice) < 2:
-            continue
-
-        half = max(5, len(dice) // 12)
-        area, mean, error = running_mean(inverse_area, dice, half, fewest=4)
-        most = min(len(dice), 2 * half + 1)
-        label = f"{method}: running mean of up to {most} images, 95 % interval"
-        axes.plot(area, mean, color=colour, label=label)
-        axes.fill_between(area, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
-
-    axes.axvline(tau, color="0.3", linestyle="dotted", label=f"τ = {tau:g}")
-    axes.set_title("every test image with a lesion, mean of its runs", fontsize=11)
-    axes.set(ylabel="Dice", xscale="log", ylim=(-0.03, 1.03))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
-
-
-def running_mean(
-    x: np.ndarray, y: np.ndarray, half: int, fewest: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x in order, at each the mean of y over its neighbours, and half its 95 % interval's width.
-
-    There are `half` neighbours on either side. Towards the ends there are as many on either side as
-    there are on the outer one, but not less than `fewest`.
-    """
-    order = np.argsort(x, kind="stable")
-    y = y[order]
-    last = len(y) - 1
-
-    means = np.zeros(len(y))
-    errors = np.zeros(len(y))
-    for i in range(len(y)):
-        # The same reach on either side, so that the mean belongs to the middle of its window.
-        reach = max(fewest, min(half, i, last - i))
-        window = y[max(0, i - reach) : i + reach + 1]
-        means[i] = window.mean()
-        errors[i] = 1.96 * window.std(ddof=1) / np.sqrt(len(window))
-    return x[order], means, errors
-
-
-def draw_counts(axes: "Axes", inverse_area: np.ndarray) -> None:
-    """How many images there are in each range of sizes."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    # A little beyond both ends, so that rounding leaves no image out.
-    edges = np.geomspace(0.999 * inverse_area.min(), 1.001 * inverse_area.max(), 13)
-    counts, _, patches = axes.hist(inverse_area, edges, color="0.75", edgecolor="white")
-    axes.bar_label(patches, [f"{count:.0f}" for count in counts], fontsize=8)
-    axes.set(xscale="log", ylabel="images", ylim=(0, 1.35 * counts.max()))
-    axes.set_xlabel("inverse area 1/a of an image's lesions: image pixels / lesion pixels\n")
-
-    # 10, 20, 50, 100 … as they are, since few readers think in powers of ten.
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_locator(NullLocator())
-
-
-def draw_bars(
-    axes: "Axes",
-    measure: str,
-    groups: Mapping[str, Mapping[str, Runs]],
-    colours: Mapping[str, str],
-) -> None:
-    """A bar for each method in each group: the mean of its runs, and a point for each of them."""
-    width = 0.8 / len(colours)
-    labels = []
-    for i, (group, methods) in enumerate(groups.items()):
-        counts = set()
-        for k, (method, colour) in enumerate(colours.items()):
-            means = [mean for mean, count in methods[method] if count]
-            counts.update(count for _, count in methods[method])
-
-            # Side by side around the group's place.
-            x = i + (k - (len(colours) - 1) / 2) * width
-            axes.bar(x, np.mean(means) if means else 0, width, color=colour)
-            axes.plot(
-                [x] * len(means),
-                means,
-                ".",
-                color="black",
-                markersize=5,
-                markeredgecolor="white",
-                markeredgewidth=0.6,
-            )
-        labels.append(f"{span(counts)}\n{group}")
-
-    axes.set_xticks(range(len(groups)), labels, fontsize=8)
-    axes.set_title(f"{measure}: mean of runs, a point each; n below", fontsize=10)
-    axes.set(ylabel=measure, ylim=(0, 1.03))
+def draw_differences(axes: "Axes", places: Places) -> None:
+    """The differences in each place side by side, those of its measures in their colours."""
+    axes.axhline(0, color="0.3", linewidth=1)
     axes.grid(alpha=0.3, axis="y")
+    for i, measures in enumerate(places.values()):
+        width = 0.8 / len(measures)
+        for k, (measure, found) in enumerate(measures.items()):
+            x = i + (k - (len(measures) - 1) / 2) * width
+            draw_difference(axes, x, found, MEASURE_COLOURS[measure])
+
+    axes.set_xticks(range(len(places)), places, fontsize=9)
+    axes.set_xlim(-0.6, len(places) - 0.4)
+    axes.margins(y=0.12)
 
 
-def span(counts: set[int]) -> str:
-    """{3} -> "3"; {3, 5, 4} -> "3–5"."""
-    if len(counts) == 1:
-        return str(min(counts))
-    return f"{min(counts)}–{max(counts)}"
+def draw_difference(axes: "Axes", x: float, found: Any, colour: str) -> None:
+    """One difference: its pairs of runs, and beside them their mean with two intervals."""
+    where = axes.get_xaxis_transform()  # x as in the data, y from 0 to 1
+    text = f"{found.images}"
+    axes.text(x, 0.02, text, transform=where, ha="center", color=colour, fontsize=8)
+
+    # Beside each other, since a point on a line is hard to see.
+    pairs = [x - 0.08] * len(found.of_pairs)
+    axes.plot(pairs, found.of_pairs, **PAIR, color=colour)
+    middle = [x + 0.08] * 2
+    axes.plot(middle, found.over_images, **OVER_IMAGES, color=colour)
+    axes.plot(middle, found.with_seeds, **WITH_SEEDS, color=colour)
+    if found.images:
+        axes.plot(middle[:1], [found.mean], **MEAN, color=colour)
+
+
+def explain_marks(figure: "Figure") -> None:
+    """The key below all panels."""
+    from matplotlib.lines import Line2D
+
+    key = [
+        Line2D([], [], color=GREY, label="a pair of runs: same fold, same seed", **PAIR),
+        Line2D([], [], color=GREY, label="mean of the pairs", **MEAN),
+        Line2D([], [], color=GREY, label="95 % interval over images: these runs", **OVER_IMAGES),
+        Line2D([], [], color=GREY, label="95 % interval over images and seeds", **WITH_SEEDS),
+        Line2D([], [], color=RED, label="Dice_S: small lesions", linewidth=2),
+        Line2D([], [], color=BLUE, label="Dice_L: other lesions", linewidth=2),
+    ]
+    figure.legend(
+        handles=key,
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        title="numbers of images stand at the bottom of each panel",
+    )

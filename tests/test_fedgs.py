@@ -543,6 +543,72 @@ def test_prediction_is_the_lesion_channel_in_evaluation_mode(generator):
     assert torch.equal(fedgs.predict(network, images, (48, 40)), expected)
 
 
+def test_adapted_statistics_are_means_over_batches(flat, generator):
+    """Of images from all over the centre; weights, momentum and the given images stay."""
+    images = square_images("C1", 40, generator).images
+    images[20:] //= 3  # the second half of the folder is darker
+    before = flat.state()
+    fedgs.adapt(flat.network, images)
+
+    reference = fedgs.build_network(CONFIG)
+    first = reference.inc[0].bn1
+    means = []
+    variances = []
+    for i in range(3):  # 14, 13 and 13 images
+        batch = data.normalise(images[i::3])
+        means.append(batch.mean(dim=(0, 2, 3)))
+        variances.append(batch.var(dim=(0, 2, 3)))
+    found = flat.network.inc[0].bn1
+    assert found.running_mean.tolist() == pytest.approx(
+        torch.stack(means).mean(0).tolist(), abs=1e-5
+    )
+    assert found.running_var.tolist() == pytest.approx(
+        torch.stack(variances).mean(0).tolist(), rel=1e-4
+    )
+
+    assert torch.equal(flat.parameters, before.parameters)
+    assert found.momentum == first.momentum == 0.1
+    again = flat.state()
+    fedgs.adapt(flat.network, images)
+    assert torch.equal(flat.buffers, again.buffers)
+
+
+def test_at_most_256_images_are_looked_at(flat, generator, monkeypatch):
+    seen = []
+
+    def note(module, given, out):
+        seen.append(len(given[0]))
+
+    flat.network.register_forward_hook(note)
+    fedgs.adapt(flat.network, torch.zeros(600, 3, 16, 16, dtype=torch.uint8))
+    assert sum(seen) == 200  # every third
+    assert max(seen) <= 16
+
+
+def test_each_centre_is_tested_with_both_statistics(flat, square_root):
+    """Its own are those of its training images; the held-out centre has its test images alone."""
+    config = replace(CONFIG, data_root=str(square_root), batch_size=4, centres=("C1", "C2", "C6"))
+    federation = fedgs.load_data(config, config.centres)
+    clients = LocalClients(flat, federation, config)
+    state = flat.state()
+    tests = list(clients.test(state))
+    both = ("averaged", "local")
+    kinds = [("C1", "in_test"), ("C2", "in_test"), ("C6", "out_test")]
+    expected = [(*kind, batch_norm) for kind in kinds for batch_norm in both]
+    assert [(test.centre, test.split, test.batch_norm) for test in tests] == expected
+    assert [test.scores[0]["batch_norm"] for test in tests] == [*both, *both, *both]
+
+    own = {**federation.train, "C6": federation.out_test}
+    for averaged, local in zip(tests[::2], tests[1::2], strict=True):
+        flat.load(state)
+        plain = fedgs.evaluate(flat.network, averaged.images)
+        fedgs.adapt(flat.network, own[local.centre].images)
+        adapted = fedgs.evaluate(flat.network, local.images)
+        assert torch.equal(averaged.evaluation.predicted, plain.predicted)
+        assert torch.equal(local.evaluation.predicted, adapted.predicted)
+        assert not torch.equal(plain.predicted, adapted.predicted)
+
+
 def test_evaluation_of_many_images_and_of_none(generator):
     network = fedgs.build_network(CONFIG)
     images = square_images("C1", 35, generator)
@@ -872,13 +938,6 @@ def test_local_clients_train_in_order_from_the_same_state(flat, square_root):
 
     tallies = clients.evaluate(state)
     assert list(tallies) == ["C1", "C2", "C3"]
-    tests = list(clients.test(state))
-    assert [(test.centre, test.split) for test in tests] == [
-        ("C1", "in_test"),
-        ("C2", "in_test"),
-        ("C3", "in_test"),
-        ("C6", "out_test"),
-    ]
 
 
 def test_the_data_are_those_of_the_configuration(monkeypatch):
@@ -945,9 +1004,16 @@ def test_results_are_the_means_of_the_scores(finished):
     """The means of results.json, once more from the rows of scores.csv."""
     scores = rows(finished / "scores.csv")
     results = json.loads((finished / "results.json").read_text())
-    for name in ("best", "best_small"):
+    for name, batch_norm in itertools.product(("best", "best_small"), fedgs.STATISTICS):
         for split in ("in_test", "out_test"):
-            chosen = [row for row in scores if (row["checkpoint"], row["split"]) == (name, split)]
+            chosen = []
+            for row in scores:
+                if [row[x] for x in ("checkpoint", "batch_norm", "split")] == [
+                    name,
+                    batch_norm,
+                    split,
+                ]:
+                    chosen.append(row)
             lesion = [row for row in chosen if row["inverse_area"] != "inf"]
             kinds = {
                 "dice": chosen,
@@ -956,7 +1022,7 @@ def test_results_are_the_means_of_the_scores(finished):
                 "dice_l": [row for row in lesion if row["small"] == "0"],
             }
             for measure, kind in kinds.items():
-                expected = results["checkpoints"][name][split][measure]
+                expected = results["checkpoints"][name][batch_norm][split][measure]
                 assert expected["n"] == len(kind)
                 if kind:
                     mean = math.fsum(float(row["dice"]) for row in kind) / len(kind)
@@ -1062,7 +1128,7 @@ def test_each_checkpoint_is_tested_itself(flat, square_root, tmp_path):
 
     results, _, _ = fedgs.test(clients, config, runs.Folder(config))
     assert to_json(results["checkpoints"]) == to_json(expected)  # NaN is not equal to itself
-    assert expected["best"]["in_test"] != expected["best_small"]["in_test"]
+    assert expected["best"]["averaged"] != expected["best_small"]["averaged"]
 
 
 def test_what_was_chosen_is_written_down(finished):
@@ -1086,10 +1152,13 @@ def test_the_picture_says_whose_images_it_shows(flat, generator, monkeypatch):
     for centre in ("C1", "C6"):
         images = square_images(centre, 2, generator)
         evaluation = fedgs.evaluate(flat.network, images)
-        tests.append(fedgs.CentreTest(centre, "in_test", evaluation.tally, [], images, evaluation))
+        test = fedgs.CentreTest(
+            centre, "in_test", "averaged", evaluation.tally, [], images, evaluation
+        )
+        tests.append(test)
     clients = SimpleNamespace(flat=flat)
     fedgs.draw_tests(clients, tests, "best")
-    tests.append(fedgs.CentreTest("C2", "in_test", evaluation.tally, [], None, None))
+    tests.append(replace(test, centre="C2", images=None, evaluation=None))
     fedgs.draw_tests(clients, tests, "best")
     assert headings == [
         (2, "best: test images, evenly spaced by size of lesion"),

@@ -25,10 +25,11 @@ from conftest import exit_code, rows
 from PIL import Image
 from scipy import ndimage
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 import data
 import fedgs
-from fedgs import Config, FlatNetwork, LocalClients, Server
+from fedgs import STATISTICS, Config, FlatNetwork, LocalClients, Server
 from models import UTNet
 from support.runs import Folder
 from tools import evaluate, predict
@@ -112,13 +113,15 @@ GREY = ["--dataset", "lits", "--centres", "C1", "C2", "C5", "--split", "fold", "
 
 def assert_solved(checkpoint: dict, out_centre: str) -> None:
     """The lesions of every client's test images, and of the held-out centre's, were found."""
-    in_test = checkpoint["in_test_by_centre"]
-    assert set(in_test) == {"C1", "C2"}
-    for measures in (*in_test.values(), checkpoint["in_test"], checkpoint["out_test"]):
-        assert measures["dice"]["mean"] >= 0.9, checkpoint
-        assert measures["dice_n"]["mean"] >= 0.9, checkpoint
-        assert measures["recall"]["mean"] >= 0.9, checkpoint
-    assert set(checkpoint["out_test_by_centre"]) == {out_centre}
+    for batch_norm in ("averaged", "local"):
+        found = checkpoint[batch_norm]
+        in_test = found["in_test_by_centre"]
+        assert set(in_test) == {"C1", "C2"}
+        for measures in (*in_test.values(), found["in_test"], found["out_test"]):
+            assert measures["dice"]["mean"] >= 0.9, checkpoint
+            assert measures["dice_n"]["mean"] >= 0.9, checkpoint
+            assert measures["recall"]["mean"] >= 0.9, checkpoint
+        assert set(found["out_test_by_centre"]) == {out_centre}
 
 
 @pytest.mark.parametrize("method", ["fedgs", "fedavg"])
@@ -188,7 +191,8 @@ def eta_by_hand(masks: Tensor, small: list[bool], log_base: float) -> float:
 
 def train_by_hand(network: nn.Module, batches: list, config: Config) -> Trained:
     """A client's round on a copy of the server's network, float64."""
-    network = deepcopy(network).train()
+    server = network
+    network = deepcopy(server).train()
     optimiser = torch.optim.AdamW(network.parameters(), lr=config.lr)
     start = vector(network.parameters())
     trained = Trained(torch.zeros_like(start), [])
@@ -196,6 +200,10 @@ def train_by_hand(network: nn.Module, batches: list, config: Config) -> Trained:
     for images, masks, small in batches:
         logits = network((images.double() - MEAN) / STD)
         loss = loss_by_hand(logits, masks)
+        trained.losses.append(loss.item())
+        if config.method == "fedprox":  # mu / 2 |theta_k - theta|^2
+            for x, x_of_server in zip(network.parameters(), server.parameters(), strict=True):
+                loss = loss + config.mu / 2 * ((x - x_of_server.detach()) ** 2).sum()
         before = vector(network.parameters())
         optimiser.zero_grad()
         loss.backward()
@@ -203,15 +211,20 @@ def train_by_hand(network: nn.Module, batches: list, config: Config) -> Trained:
 
         # AdamW has taken its step from where the decay had left the parameters.
         step = before * (1 - config.lr * 0.01) - vector(network.parameters())
-        eta = eta_by_hand(masks, small, config.log_base) if config.method == "fedgs" else 1.0
+        scaled = (config.method, config.scaling) == ("fedgs", "auto") or config.scaling == "on"
+        eta = eta_by_hand(masks, small, config.log_base) if scaled else 1.0
         trained.update += eta * step
-        trained.losses.append(loss.item())
         trained.etas.append(eta)
 
-    if config.method == "fedavg":
+    if averages(config):
         trained.update = start - vector(network.parameters())
     trained.buffers = list(network.buffers())
     return trained
+
+
+def averages(config: Config) -> bool:
+    """Whether the server averages parameters, by numbers of images, as FedAvg does."""
+    return config.method != "fedgs" and config.scaling != "on"
 
 
 class ServerByHand:
@@ -227,8 +240,7 @@ class ServerByHand:
         shares = {}
         for client, batches in batches_of.items():
             trained[client] = train_by_hand(self.network, batches, self.config)
-            fedavg = self.config.method == "fedavg"
-            shares[client] = images_of[client] if fedavg else len(batches)
+            shares[client] = images_of[client] if averages(self.config) else len(batches)
         weights = {client: share / sum(shares.values()) for client, share in shares.items()}
 
         self.velocity *= self.config.server_momentum
@@ -307,23 +319,24 @@ def one_layer() -> nn.Module:
 
 @pytest.mark.parametrize("kernels", ["torch", "auto"])
 @pytest.mark.parametrize(
-    ("options", "scaling"),
+    "options",
     [
-        ({}, True),
-        ({"method": "fedavg"}, True),
-        ({"server_lr": 0.6}, True),
-        ({"server_momentum": 0.8, "server_lr": 1.2}, True),
-        ({"method": "fedavg", "server_momentum": 0.5}, True),
-        ({"log_base": 1000.0}, True),
-        ({}, False),
+        {},
+        {"method": "fedavg"},
+        {"server_lr": 0.6},
+        {"server_momentum": 0.8, "server_lr": 1.2},
+        {"method": "fedavg", "server_momentum": 0.5},
+        {"log_base": 1000.0},
+        {"scaling": "off"},
+        {"method": "fedavg", "scaling": "on"},
+        {"method": "fedprox", "mu": 3.0},
+        {"method": "fedprox", "mu": 3.0, "scaling": "on"},
+        {"batch_norm": "local"},
     ],
 )
-def test_rounds_by_hand(options, scaling, kernels, monkeypatch):
+def test_rounds_by_hand(options, kernels, monkeypatch):
     """Three rounds of two unequal clients, two epochs each, to 1e-6."""
     federation = two_clients()
-    if not scaling:  # no lesion is small: every eta is 1
-        for images in federation.train.values():
-            images.small[:] = False
     config = Config(
         rounds=3,
         local_epochs=2,
@@ -365,21 +378,24 @@ def test_rounds_by_hand(options, scaling, kernels, monkeypatch):
             assert (log.images, log.steps) == (len(federation.train[log.client]), len(one.etas))
             assert log.loss == pytest.approx(np.mean(one.losses), abs=1e-6)
             assert log.eta == pytest.approx(np.mean(one.etas), abs=1e-6)
-            assert (log.eta > 1.05) == (scaling and config.method == "fedgs")
+            assert (log.eta > 1.05) == config.scales
             assert log.scaled == pytest.approx(np.mean([eta > 1 for eta in one.etas]), abs=1e-6)
             assert log.update_norm == pytest.approx(one.update.norm().item(), rel=1e-5)
 
         # And the same scores, of the state that the next round starts from.
         expected = []
-        for images in federation.validation.values():
-            expected.extend(scores_by_hand(theirs, images))
+        for client, images in federation.validation.items():
+            used = theirs
+            if config.batch_norm == "local":
+                used = adapted_by_hand(theirs, federation.train[client])
+            expected.extend(scores_by_hand(used, images))
         assert validation["dice"]["n"] == len(expected) == 7
         assert validation["dice"]["mean"] == pytest.approx(np.mean(expected), abs=1e-9)
 
     assert rounds == server.round == 3
     assert not watched.seen
     moved = server.state.parameters.double() - vector(one_layer().parameters())
-    assert moved.abs().min() > 1e-3  # and all of it is more than a rounding
+    assert moved.abs().median() > 1e-3  # which is more than a rounding
 
 
 def test_a_round_takes_its_own_time(monkeypatch, tmp_path):
@@ -398,6 +414,15 @@ def test_a_round_takes_its_own_time(monkeypatch, tmp_path):
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
+
+
+def adapted_by_hand(network: nn.Module, images: data.Images) -> nn.Module:
+    """The network with the means and variances of a client's training images."""
+    network = deepcopy(network)
+    colours = (images.images.double() / 255 - MEAN) / STD
+    network[0].running_mean.copy_(colours.mean(dim=(0, 2, 3)))
+    network[0].running_var.copy_(colours.var(dim=(0, 2, 3)))
+    return network
 
 
 def scores_by_hand(network: nn.Module, images: data.Images) -> list[float]:
@@ -538,10 +563,17 @@ def lesions_by_hand(found: np.ndarray, truth: np.ndarray) -> dict:
     }
 
 
-def rows_by_hand(checkpoint: Path, split: Split) -> list[dict]:
-    """A row of scores.csv for each image, from the checkpoint and the images."""
+def rows_by_hand(checkpoint: Path, split: Split, own: Split | None = None) -> list[dict]:
+    """A row of scores.csv for each image, from the checkpoint and the images.
+
+    own: those that the centre's own means and variances are of.
+    """
     network = UTNet(width=4)
     network.load_state_dict(torch.load(checkpoint, weights_only=True))
+    if own is not None:
+        count = math.ceil(len(own.images) / 16)
+        batches = [(own.images[i::count].float() / 255 - MEAN) / STD for i in range(count)]
+        update_bn(batches, network)
     network.eval()
     with torch.no_grad():
         logits = network((split.images.float() / 255 - MEAN) / STD)
@@ -550,6 +582,7 @@ def rows_by_hand(checkpoint: Path, split: Split) -> list[dict]:
     tested = []
     for i, (mask, truth) in enumerate(zip(found, split.masks, strict=True)):
         row = {
+            "batch_norm": "averaged" if own is None else "local",
             "centre": split.centre,
             "name": split.names[i],
             "inverse_area": split.inverse_area[i],
@@ -607,10 +640,16 @@ def by_hand(solved, frames) -> dict[str, dict[str, list[dict]]]:
             held_out = centre == "C6"
             chosen = list(range(count)) if held_out else parts_by_hand(count)[2]
             split = read_by_hand(frames, centre, chosen)
-            found = rows_by_hand(solved.folder / f"{name}.pt", split)
-            of_name["out_test" if held_out else "in_test"].extend(found)
+            own = split if held_out else read_by_hand(frames, centre, parts_by_hand(count)[0])
+            for images in (None, own):
+                found = rows_by_hand(solved.folder / f"{name}.pt", split, images)
+                of_name["out_test" if held_out else "in_test"].extend(found)
         tested[name] = of_name
     return tested
+
+
+def of_kind(tested: list[dict], batch_norm: str) -> list[dict]:
+    return [row for row in tested if row["batch_norm"] == batch_norm]
 
 
 def test_scores_by_hand(solved, by_hand):
@@ -620,7 +659,7 @@ def test_scores_by_hand(solved, by_hand):
         for split, tested in splits.items():
             expected.extend({"checkpoint": checkpoint, "split": split, **row} for row in tested)
     found = rows(solved.folder / "scores.csv")
-    assert len(found) == len(expected) == 2 * (6 + 5 + 20)
+    assert len(found) == len(expected) == 2 * 2 * (6 + 5 + 20)
 
     for row, ours in zip(found, expected, strict=True):
         assert row.pop("data") == "PolypGen"
@@ -635,9 +674,10 @@ def test_results_by_hand(solved, by_hand):
     """results.json: every mean, by split and centre, and what it was made with."""
     results = json.loads((solved.folder / "results.json").read_text())
     history = rows(solved.folder / "rounds.csv")
-    for checkpoint, splits in by_hand.items():
-        found = results["checkpoints"][checkpoint]
-        for split, tested in splits.items():
+    for (checkpoint, splits), batch_norm in itertools.product(by_hand.items(), STATISTICS):
+        found = results["checkpoints"][checkpoint][batch_norm]
+        for split, of_both in splits.items():
+            tested = of_kind(of_both, batch_norm)
             assert_means(found[split], tested)
             by_centre = found[f"{split}_by_centre"]
             assert list(by_centre) == list(dict.fromkeys(row["centre"] for row in tested))
@@ -745,6 +785,6 @@ def test_what_a_run_prints_by_hand(solved, by_hand):
         expected = []
         for name in names:
             for tested in by_hand[name].values():
-                values = measures_by_hand(tested)[measure]
+                values = measures_by_hand(of_kind(tested, "averaged"))[measure]
                 expected.append((f"{np.mean(values):.3f}", str(len(values))))
         assert re.findall(r"([\d.]+) \(n=(\d+)\)", cells) == expected

@@ -5,20 +5,21 @@
 
 Runs on the same data with the same network are one section. In it, runs that differ in fold and
 seed alone are one group, and every two groups are compared. The statistics are in
-`paired_difference` and `interval`.
+`paired_difference`, `interval` and `interval_with_seeds`.
 """
 
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from scipy import special
 
 from fedgs import STATISTICS, Config
-from metrics import MEASURES, RECALL_BINS
+from metrics import MEASURES
 from support.errors import UserError, readable_errors
 from support.files import read_csv
 from support.options import flagged, new_parser
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 SPLITS = {"in_test": "in-test", "out_test": "out-test"}  # name in files -> heading
 PAIRED = ("dice_s", "dice_l", "dice_n", "dice", "lesion_dice")  # that every image has for itself
 FEWEST_CLUSTERS = 10  # with fewer images, or volumes, bootstrap intervals are much too narrow
+FEWEST_PAIRS = 3  # of runs: fewer do not tell how much a seed matters
 SAMPLES = 9999  # bootstrap samples
+SIZES = (0, 10, 50, 150, 1000, math.inf)  # 1/a of an image's lesions, for the picture
 
 Image = tuple[str, str, str]  # split, centre, name
 
@@ -89,22 +92,25 @@ class Summary(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """How sure a mean difference is."""
+    """Where a mean difference may lie; NaN where too little is known for an answer."""
 
     low: float
     high: float
-    p: float
+
+
+UNKNOWN = Interval(math.nan, math.nan)
 
 
 class Difference(NamedTuple):
     """The second group minus the first, image by image."""
 
-    pairs: int  # of runs
+    of_pairs: tuple[float, ...]  # the mean difference of each pair of runs that has such images
     images: int
     clusters: int  # the images that are independent, see cluster_of
     mean: float
     std: float  # of the pairs' mean differences, as of a sample (n - 1)
-    interval: Interval
+    over_images: Interval  # as these runs might do on other images
+    with_seeds: Interval  # as other runs might do on other images
 
 
 class Section(NamedTuple):
@@ -147,10 +153,12 @@ def compare_section(runs: list[Run]) -> Section:
         summaries[split, measure, label] = summarise(groups[label], split, measure)
 
     differences = {}
-    for first, second in itertools.combinations(groups, 2):
-        for split, measure in itertools.product(SPLITS, PAIRED):
-            found = paired_difference(groups[first], groups[second], split, measure)
-            differences[first, second, split, measure] = found
+    for split in SPLITS:
+        images = {image for run in runs for image in run.scores if image[0] == split}
+        for first, second in itertools.combinations(groups, 2):
+            for measure in PAIRED:
+                found = paired_difference(groups[first], groups[second], measure, images)
+                differences[first, second, split, measure] = found
 
     checkpoints = " and ".join(dict.fromkeys(run.checkpoint for run in runs))
     statistics = " and ".join(dict.fromkeys(run.batch_norm for run in runs))
@@ -162,7 +170,7 @@ def compare_section(runs: list[Run]) -> Section:
 
 
 def group_runs(runs: list[Run]) -> dict[str, Group]:
-    """{label: runs}, in the labels' order. Raises UserError for the same run twice."""
+    """{label: runs}, in the labels' order, FedGS last. Raises UserError for the same run twice."""
     # A label that was given says all. The others are told apart by what they differ in.
     unlabelled = [run for run in runs if not run.config.get("label")]
     differing = options_that_differ(unlabelled)
@@ -179,7 +187,14 @@ def group_runs(runs: list[Run]) -> dict[str, Group]:
                     f"seed {seed}"
                 )
         group.append(run)
-    return dict(sorted(groups.items()))
+    return dict(sorted(groups.items(), key=fedgs_last))
+
+
+def fedgs_last(labelled: tuple[str, Group]) -> tuple[bool, str]:
+    """What groups are sorted by: differences are later minus earlier, so FedGS minus another."""
+    label, group = labelled
+    config = group[0].config
+    return config["method"] == "fedgs" and config.get("scaling") != "off", label
 
 
 def options_that_differ(runs: list[Run]) -> list[str]:
@@ -223,42 +238,62 @@ def mean_and_std(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 # ----------------------------------------------------------------------------- paired statistics
 
 
-def paired_difference(first: Group, second: Group, split: str, measure: str) -> Difference:
-    """second - first, image by image, over pairs of their runs with the same fold and seed.
+def paired_difference(
+    first: Group, second: Group, measure: str, images: Collection[Image]
+) -> Difference:
+    """second - first over some images, in pairs of their runs with the same fold and seed.
 
     Both runs of a pair saw the same images, so that most of what makes one image easier than
     another cancels. Each pair has a mean difference, and the result is the mean of these: a fold
     with many images counts no more than one with few, as in a group's mean over runs.
     """
-    pairs = [(a, b) for a in first for b in second if a.part == b.part]
-    sums, counts, images = differences_by_cluster(pairs, split, measure)
+    pairs = pairs_of(first, second)
+    sums, counts, seen = differences_by_cluster(pairs, measure, images)
 
     # A fold's test images may hold none of this kind: such a pair has nothing to say.
-    pair_sums = sums.sum(axis=0)
-    pair_counts = counts.sum(axis=0)
-    known = pair_counts > 0
+    known = counts.sum(axis=0) > 0
+    sums = sums[:, known]
+    counts = counts[:, known]
+    of_pairs = sums.sum(axis=0) / counts.sum(axis=0)
+    mean, std = mean_and_std(of_pairs)
 
-    mean, std = mean_and_std(pair_sums[known] / pair_counts[known])
-    likely = interval(sums[:, known], counts[:, known])
-    return Difference(len(pairs), images, len(sums), mean, std, likely)
+    # Of few pairs the spread may be small by chance. Seeds that nobody has tried make us no surer.
+    over_images = interval(sums, counts)
+    with_seeds = interval_with_seeds(sums, counts)
+    low = float(np.minimum(with_seeds.low, over_images.low))
+    high = float(np.maximum(with_seeds.high, over_images.high))
+    return Difference(
+        of_pairs=tuple(of_pairs.tolist()),
+        images=seen,
+        clusters=len(sums),
+        mean=mean,
+        std=std,
+        over_images=over_images,
+        with_seeds=Interval(low, high),
+    )
+
+
+def pairs_of(first: Group, second: Group) -> list[tuple[Run, Run]]:
+    """The runs of two groups that have fold and seed in common."""
+    return [(a, b) for a in first for b in second if a.part == b.part]
 
 
 def differences_by_cluster(
-    pairs: Sequence[tuple[Run, Run]], split: str, measure: str
+    pairs: Sequence[tuple[Run, Run]], measure: str, images: Collection[Image]
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """The differences of R pairs of runs, added up within each of C clusters of images.
 
     -> their sum (C, R) and number (C, R), and how many images there are in all
     """
-    images = set()
+    seen = set()
     sums: dict[Image, np.ndarray] = {}
     counts: dict[Image, np.ndarray] = {}
     for r, (a, b) in enumerate(pairs):
         for image, score in a.scores.items():
             value = score.of(measure)
-            if image[0] != split or value is None:
+            if image not in images or value is None:
                 continue
-            images.add(image)
+            seen.add(image)
 
             cluster = cluster_of(image)
             if cluster not in sums:
@@ -270,7 +305,7 @@ def differences_by_cluster(
     shape = (len(sums), len(pairs))  # there may be none of either
     all_sums = np.array(list(sums.values())).reshape(shape)
     all_counts = np.array(list(counts.values())).reshape(shape)
-    return all_sums, all_counts, len(images)
+    return all_sums, all_counts, len(seen)
 
 
 def cluster_of(image: Image) -> Image:
@@ -285,26 +320,24 @@ def cluster_of(image: Image) -> Image:
 
 
 def interval(sums: np.ndarray, counts: np.ndarray) -> Interval:
-    """95 % interval and p of the mean of paired differences, as other images might show it.
+    """95 % interval of the mean of paired differences, as other images might show it of these runs.
 
     sums, counts (C, R): the sum and the number of differences of C clusters in R pairs of runs. The
-    mean is that of the pairs' mean differences. Neither number knows of other seeds, and p is not
-    corrected for the number of tests. NaN below FEWEST_CLUSTERS.
+    mean is that of the pairs' mean differences. NaN below FEWEST_CLUSTERS.
     """
-    from scipy import stats  # imported here: it is slow, and only comparisons need it
-
     # The bootstrap takes the clusters at hand for all there are. Of few, too many samples are
     # nearly the same, and the interval comes out much narrower than 95 % of the cases need.
     clusters = len(sums)
     if clusters < FEWEST_CLUSTERS:
-        return Interval(math.nan, math.nan, math.nan)
+        return UNKNOWN
 
     # Imitate other test sets: draw as many clusters again, with replacement. A cluster is drawn
     # whole, with its images in all pairs of runs, since these are not independent of each other.
     # The seed is fixed: the same runs have the same interval.
     random = np.random.default_rng(0)
     drawn = random.integers(clusters, size=(SAMPLES, clusters))
-    times = np.array([np.bincount(sample, minlength=clusters) for sample in drawn])
+    places = drawn + clusters * np.arange(SAMPLES)[:, None]
+    times = np.bincount(places.ravel(), minlength=drawn.size).reshape(drawn.shape)
 
     # The mean difference of each sample (row) in each pair (column), then over pairs. Where folds
     # have different images, a sample may hold none of a pair's: the other pairs' mean counts.
@@ -313,12 +346,44 @@ def interval(sums: np.ndarray, counts: np.ndarray) -> Interval:
     means = np.full(sample_sums.shape, np.nan)
     np.divide(sample_sums, sample_counts, out=means, where=sample_counts > 0)
     low, high = np.percentile(np.nanmean(means, axis=1), (2.5, 97.5))
+    return Interval(float(low), float(high))
 
-    # Wilcoxon's signed-rank test (two-sided, zeros dropped) asks for independent numbers: one for
-    # each cluster, its mean over images and pairs. It has no answer where all of them are zero.
-    cluster_means = sums.sum(axis=1) / counts.sum(axis=1)
-    p = stats.wilcoxon(cluster_means).pvalue if cluster_means.any() else 1.0
-    return Interval(float(low), float(high), float(p))
+
+def interval_with_seeds(sums: np.ndarray, counts: np.ndarray) -> Interval:
+    """95 % interval of the mean of paired differences, as other images and seeds might show it.
+
+    sums, counts (C, R): as of `interval`; every pair has a difference. Drawing pairs of runs anew,
+    too, would be the obvious way, but a bootstrap of three says that they are three of a kind and
+    covers far too little. NaN below FEWEST_PAIRS or FEWEST_CLUSTERS.
+    """
+    clusters, pairs = sums.shape
+    if pairs < FEWEST_PAIRS or clusters < FEWEST_CLUSTERS:
+        return UNKNOWN
+
+    # If pairs of runs were independent, the variance of their mean would be s^2 / R.
+    numbers = counts.sum(axis=0)
+    of_pairs = sums.sum(axis=0) / numbers
+    own = of_pairs.var(ddof=1) / pairs
+
+    # They are not as far as they share images: one that is easier for a method is so in all pairs.
+    # This adds the covariance of two pairs, in the mean over all two of them. It comes from how far
+    # each cluster moves the means of its pairs, and is 0 for folds without a common image.
+    moves = (sums - counts * of_pairs) / numbers
+    products = (moves.sum(axis=1) ** 2 - (moves**2).sum(axis=1)).sum() / (pairs * (pairs - 1))
+    shared = max(0.0, products * clusters / (clusters - 1))
+
+    # Either part is as uncertain as it has few members: Student's t on two degrees of freedom is
+    # 4.3. The squares of half widths add up as variances do, which errs on the wide side whatever
+    # the parts' shares are (Banerjee, Sankhya 22, 1960).
+    squared = student(pairs - 1) ** 2 * own + student(clusters - 1) ** 2 * shared
+    mean = of_pairs.mean()
+    half = math.sqrt(squared)
+    return Interval(float(mean - half), float(mean + half))
+
+
+def student(freedom: int) -> float:
+    """How many standard errors a 95 % interval reaches to either side, by Student's t."""
+    return float(special.stdtrit(freedom, 0.975))
 
 
 # ----------------------------------------------------------------------------------- reading runs
@@ -447,10 +512,10 @@ def images_of(run: Run, split: str) -> dict[Image, tuple[float, bool]]:
 
 NOTE = f"""\
 Differences are paired over images and runs of the same fold and seed: their mean ± standard
-deviation over pairs of runs, a 95 % bootstrap interval and the p of a Wilcoxon signed-rank test,
-both over images (LiTS: volumes) and from {FEWEST_CLUSTERS} of them on.
-These tell what other images might have shown, not other seeds: for that see the spread over runs.
-p is not corrected for the number of tests."""
+deviation over pairs of runs, and two 95 % intervals, from {FEWEST_CLUSTERS} images (LiTS: volumes) on.
+The one over images tells what these very runs might have shown on other images. The one over images
+and seeds, from {FEWEST_PAIRS} pairs of runs on, tells what other runs might have shown: only this one is about
+the methods. One interval in twenty misses the truth, and there are many of them."""
 
 
 def report(sections: Sequence[Section], layout: Callable[[list], str] = aligned) -> str:
@@ -462,9 +527,10 @@ def report(sections: Sequence[Section], layout: Callable[[list], str] = aligned)
             "recall, of a run"
         )
         tables = [summary_rows(section, split) for split in SPLITS]
-        pairs = itertools.combinations(section.groups, 2)
-        tables += [difference_rows(section, first, second) for first, second in pairs]
         blocks += [layout(rows) for rows in tables]
+        for first, second in itertools.combinations(section.groups, 2):
+            blocks.append(layout(difference_rows(section, first, second)))
+            blocks += warnings(section, first, second)
 
     if any(section.differences for section in sections):
         blocks.append(NOTE)
@@ -498,40 +564,44 @@ def mean_cell(summary: Summary) -> str:
 
 
 def difference_rows(section: Section, first: str, second: str) -> list[list[str]]:
-    """A row for each measure, with difference, p and number of images in either split."""
-    pairs = section.differences[first, second, "in_test", "dice"].pairs
-    header = [f"{second} - {first} ({plural(pairs, 'pair')} of runs)"]
-    for heading in SPLITS.values():
-        header += [heading, "p", "images"]
-
-    rows = [header]
-    for measure in PAIRED:
-        found = [section.differences[first, second, split, measure] for split in SPLITS]
-        if not any(difference.images for difference in found):
-            continue
-        row = [MEASURES[measure]]
-        for difference in found:
-            row += difference_cells(difference)
-        rows.append(row)
+    """A row for each split and measure, with the difference, its intervals, and what is in it."""
+    header = [f"{second} - {first}", "difference", "over images", "over images and seeds"]
+    rows = [[*header, "images", "pairs of runs"]]
+    for split, measure in itertools.product(SPLITS, PAIRED):
+        found = section.differences[first, second, split, measure]
+        if found.images:
+            rows.append([f"{MEASURES[measure]}, {SPLITS[split]}", *difference_cells(found)])
     return rows
 
 
 def difference_cells(found: Difference) -> list[str]:
-    """A difference as "+0.012 ± 0.004 [+0.003, +0.021]", its p, and the number of images."""
-    if found.images == 0:
-        return ["–", "–", "0"]
-
+    """A difference as "+0.012 ± 0.004", its intervals, and the numbers of images and of pairs."""
     text = f"{found.mean:+.3f}"
     if not math.isnan(found.std):
         text += f" ± {found.std:.3f}"
-    low, high, p = found.interval
-    if not math.isnan(low):
-        text += f" [{low:+.3f}, {high:+.3f}]"
 
     images = str(found.images)
     if found.clusters < found.images:
         images += f" of {plural(found.clusters, 'volume')}"
-    return [text, "–" if math.isnan(p) else f"{p:.2g}", images]
+
+    intervals = [interval_cell(found.over_images), interval_cell(found.with_seeds)]
+    return [text, *intervals, images, str(len(found.of_pairs))]
+
+
+def interval_cell(found: Interval) -> str:
+    """An interval as "[+0.003, +0.021]", or a dash."""
+    return "–" if math.isnan(found.low) else f"[{found.low:+.3f}, {found.high:+.3f}]"
+
+
+def warnings(section: Section, first: str, second: str) -> list[str]:
+    """What has to be said below a table of differences: nothing, or one sentence."""
+    pairs = len(pairs_of(section.groups[first], section.groups[second]))
+    if pairs >= FEWEST_PAIRS:
+        return []
+    return [
+        f"No conclusion about {second} and {first} is possible: {plural(pairs, 'pair')} of runs of "
+        f"the same fold and seed, and it takes {FEWEST_PAIRS}."
+    ]
 
 
 def plural(count: int, noun: str) -> str:
@@ -543,93 +613,67 @@ def plural(count: int, noun: str) -> str:
 
 
 def draw(section: Section) -> "Figure":
-    """Dice against inverse area, bars by size class and centre, and recall by size of lesion.
+    """The last method, which is FedGS if it is there, minus each other: by lesion size and centre.
 
-    Raises UserError where no test image has a lesion.
+    Raises UserError where no two methods have a pair of runs.
     """
-    # Each fold has its own test images: all of them together are shown.
-    runs = [run for group in section.groups.values() for run in group]
+    *others, last = section.groups
     sizes: dict[Image, float] = {}
-    for run in runs:
-        for image, score in run.scores.items():
-            if math.isfinite(score.inverse_area):
+    for group in section.groups.values():
+        for run in group:
+            for image, score in run.scores.items():
                 sizes[image] = score.inverse_area
-    if not sizes:
-        raise UserError(f"{section.title}: no test image has a lesion, so there is nothing to draw")
 
-    points = {label: mean_scores(group, sizes) for label, group in section.groups.items()}
-    bars = {
-        MEASURES["dice_s"]: bars_by_centre(section, "dice_s"),
-        MEASURES["dice_l"]: bars_by_centre(section, "dice_l"),
-        MEASURES["recall"]: bars_by_lesion_size(section),
-    }
-    tau = runs[0].config["tau"]
-    return draw_comparison(section.title, tau, np.array(list(sizes.values())), points, bars)
+    rows = {}
+    for other in others:
+        groups = section.groups[other], section.groups[last]
+        pairs = len(pairs_of(*groups))
+        if not pairs:
+            continue
+        title = f"{last} − {other}, {plural(pairs, 'pair')} of runs"
+        if pairs < FEWEST_PAIRS:
+            title += ": too few for a conclusion about methods"
+        rows[title] = by_size(*groups, sizes), by_centre(*groups, sizes)
 
-
-def mean_scores(group: Group, sizes: dict[Image, float]) -> tuple[np.ndarray, np.ndarray]:
-    """Inverse area and Dice (n,) of the images with a lesion that a group was tested on.
-
-    Dice is the mean over the runs that saw the image.
-    """
-    dice: dict[Image, list[float]] = {}
-    for run in group:
-        for image, score in run.scores.items():
-            if image in sizes:
-                dice.setdefault(image, []).append(score.dice)
-
-    areas = [sizes[image] for image in dice]
-    means = [np.mean(values) for values in dice.values()]
-    return np.array(areas), np.array(means)
+    if not rows:
+        raise UserError(
+            f"{section.title}: a picture shows differences, and there are no runs of {last} and "
+            "another method with the same fold and seed"
+        )
+    return draw_comparison(section.title, rows)
 
 
-def bars_by_centre(section: Section, measure: str) -> dict[str, dict]:
-    """{centre: {label: [(mean, count) of each run]}}"""
-    runs = [run for group in section.groups.values() for run in group]
-    places = dict.fromkeys(image[:2] for run in runs for image in run.scores)
+def by_size(first: Group, second: Group, sizes: dict[Image, float]) -> dict[str, dict]:
+    """{range of inverse area: {"Dice": Difference}} over all test images; sizes: their areas"""
+    ranges = {}
+    for low, high in itertools.pairwise(SIZES):
+        images = {image for image, size in sizes.items() if low <= size < high}
+        if low == 0:
+            ranges[f"1/a < {high}"] = images
+        elif math.isinf(high):
+            ranges[f"≥ {low}"] = images
+        else:
+            ranges[f"{low}–{high}"] = images
+    ranges["no lesion"] = {image for image, size in sizes.items() if math.isinf(size)}
 
-    bars = {}
-    for split, centre in places:
+    found = {}
+    for name, images in ranges.items():
+        found[name] = {"Dice": paired_difference(first, second, "dice", images)}
+    return found
+
+
+def by_centre(first: Group, second: Group, sizes: dict[Image, float]) -> dict[str, dict]:
+    """{centre: {"Dice_S": Difference, "Dice_L": Difference}}"""
+    found = {}
+    for split, centre in sorted({image[:2] for image in sizes}):
         # Centres count one by one, since the difference between them is what a federation is about.
+        images = {image for image in sizes if image[:2] == (split, centre)}
         heading = f"{centre}\n(held out)" if split == "out_test" else centre
-        bars[heading] = {}
-        for label, group in section.groups.items():
-            bars[heading][label] = [centre_mean(run, split, centre, measure) for run in group]
-    return bars
-
-
-def centre_mean(run: Run, split: str, centre: str, measure: str) -> tuple[float, int]:
-    """A measure's mean in one centre, and the number of images behind it."""
-    values = []
-    for image, score in run.scores.items():
-        value = score.of(measure)
-        if image[:2] == (split, centre) and value is not None:
-            values.append(value)
-    mean, _ = mean_and_std(values)
-    return mean, len(values)
-
-
-def bars_by_lesion_size(section: Section) -> dict[str, dict]:
-    """{range of inverse area: {label: [(recall, lesions) of each run]}}, both splits together."""
-    bars = {}
-    for measure, heading in RECALL_BINS.items():
-        size = heading.removeprefix("recall, ")
-        bars[size] = {}
-        for label, group in section.groups.items():
-            bars[size][label] = [mean_of_splits(run, measure) for run in group]
-    return bars
-
-
-def mean_of_splits(run: Run, measure: str) -> tuple[float, int]:
-    """A measure's mean over in-test and out-test together, and its count."""
-    total = 0.0
-    count = 0
-    for split in SPLITS:
-        found = run.means[split][measure]
-        if found["n"]:
-            total += found["mean"] * found["n"]
-            count += found["n"]
-    return (total / count if count else math.nan), count
+        found[heading] = {}
+        for measure in ("dice_s", "dice_l"):
+            difference = paired_difference(first, second, measure, images)
+            found[heading][MEASURES[measure]] = difference
+    return found
 
 
 # ----------------------------------------------------------------------------------- command line
