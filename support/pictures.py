@@ -236,7 +236,7 @@ def draw_comparison(title: str, rows: Mapping[str, tuple[Places, Places]]) -> "F
 
     rows: {"one − another, 3 pairs of runs": (by size, by centre)}
     """
-    figure = new_figure(title, 10, 3.1 * len(rows) + 1.3)
+    figure = new_figure(textwrap.fill(title, 96), 10, 3.1 * len(rows) + 1.3)
     grid = figure.subplots(len(rows), 2, sharey=True, squeeze=False)
     point = "a point is a pair of runs' mean difference"
     for (left, right), (name, (by_size, by_centre)) in zip(grid, rows.items(), strict=True):

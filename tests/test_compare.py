@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -145,7 +146,31 @@ def test_means_over_runs(two_methods):
 def test_another_checkpoint(two_methods):
     (section,) = compare.compare(two_methods, "best_small")
     assert section.summaries["in_test", "dice", "fedgs"].mean == 0
-    assert section.title == "PolypGen, utnet, checkpoint best_small"
+    assert section.title == (
+        "PolypGen, utnet, checkpoint best_small, averaged batch-norm statistics"
+    )
+
+
+def test_statistics_of_batch_norm(tmp_path, capsys, two_methods):
+    """Those that runs were validated with, or those that are asked for."""
+    (section,) = compare.compare(two_methods, batch_norm="local")
+    assert section.title == "PolypGen, utnet, checkpoint best, local batch-norm statistics"
+    assert section.summaries["in_test", "dice_s", "fedgs"].mean == pytest.approx(0.35 / 2)
+    found = section.differences["fedavg", "fedgs", "in_test", "dice_s"]
+    assert found.mean == pytest.approx(0.15 / 2)
+
+    own = [make_run(tmp_path / "own", cases(0.2, 0.6, 1.0, 0.5), batch_norm="local")]
+    assert compare.compare(own)[0].summaries["in_test", "dice_s", "fedgs"].mean == 0.1
+    (section,) = compare.compare(own, batch_norm="averaged")
+    assert section.summaries["in_test", "dice_s", "fedgs"].mean == 0.2
+
+    (section,) = compare.compare([*own, *two_methods])
+    assert section.title.endswith("local and averaged batch-norm statistics")
+    assert "fedgs, batch_norm local" in section.groups
+
+    assert exit_code(compare.main, [*two_methods, "--batch-norm", "local"]) == 0
+    assert "0.175" in capsys.readouterr().out
+    refuses(capsys, [*two_methods, "--batch-norm", "global"], "--batch-norm", "global")
 
 
 def test_a_run_without_an_image_of_a_kind_counts_for_the_others_only(tmp_path, two_methods):
@@ -197,15 +222,32 @@ def test_checkpoints_of_unknown_training(tmp_path):
         path.write_text(path.read_text().replace("best,", f"{name}_model,"))
     (section,) = compare.compare(runs)
     assert set(section.groups) == {"theirs", "ours"}
-    assert section.title == "PolypGen, utnet, checkpoint theirs_model and ours_model"
+    assert "checkpoint theirs_model and ours_model, averaged" in section.title
 
 
 def test_networks_are_sections_of_their_own(tmp_path, two_methods):
     other = make_run(tmp_path / "sd", cases(0.1, 0.5, 1.0, 0.6), model="sd-utnet")
     assert [section.title for section in compare.compare([*two_methods, other])] == [
-        "PolypGen, utnet, checkpoint best",
-        "PolypGen, sd-utnet, checkpoint best",
+        "PolypGen, utnet, checkpoint best, averaged batch-norm statistics",
+        "PolypGen, sd-utnet, checkpoint best, averaged batch-norm statistics",
     ]
+
+
+def test_differences_are_those_of_fedgs_from_the_others(tmp_path, two_methods):
+    images = cases(0.1, 0.5, 1.0, 0.6)
+    others = [
+        make_run(tmp_path / "unscaled", images, scaling="off", label="unscaled"),
+        make_run(tmp_path / "prox", images, method="fedprox"),
+    ]
+    (section,) = compare.compare([*two_methods, *others])
+    assert list(section.groups) == ["fedavg", "fedprox", "unscaled", "fedgs"]
+    assert ("unscaled", "fedgs", "in_test", "dice") in section.differences
+
+    # Without a label, too.
+    off = make_run(tmp_path / "off", images, scaling="off")
+    on = make_run(tmp_path / "on", images, scaling="auto")
+    (section,) = compare.compare([on, off])
+    assert list(section.groups) == ["fedgs, scaling off", "fedgs, scaling auto"]
 
 
 # ----------------------------------------------------------------------------- paired statistics
@@ -216,10 +258,12 @@ def test_differences_are_paired_by_image_and_run(two_methods):
 
     # Image a: 0.2 - 0.1 and 0.5 - 0.3.
     found = section.differences["fedavg", "fedgs", "in_test", "dice_s"]
-    assert (found.pairs, found.images, found.clusters) == (2, 1, 1)
+    assert found.of_pairs == pytest.approx((0.1, 0.2))
+    assert (found.images, found.clusters) == (1, 1)
     assert found.mean == pytest.approx(0.15)
-    assert found.std == pytest.approx(0.1 / math.sqrt(2))  # of 0.1 and 0.2
-    assert all(map(math.isnan, found.interval))  # one image decides nothing
+    assert found.std == pytest.approx(0.1 / math.sqrt(2))
+    assert all(map(math.isnan, found.over_images))  # one image decides nothing
+    assert all(map(math.isnan, found.with_seeds))
 
     # Image b: 0.6 - 0.5 and 0.6 - 0.7; c: 1 - 1 and 1 - 0: the images' means are 0.15, 0 and 0.5.
     found = section.differences["fedavg", "fedgs", "in_test", "dice"]
@@ -242,14 +286,15 @@ def test_only_runs_of_the_same_fold_and_seed_are_paired(tmp_path, two_methods):
     other_seed = make_run(tmp_path / "g7", cases(0, 0, 0, 0), seed=7)
     (section,) = compare.compare([*two_methods[:3], other_seed])
     found = section.differences["fedavg", "fedgs", "in_test", "dice_s"]
-    assert found.pairs == 1
-    assert found.mean == pytest.approx(0.1)
+    assert found.of_pairs == pytest.approx((0.1,))
 
     (section,) = compare.compare([two_methods[0], other_seed])
     found = section.differences["fedavg", "fedgs", "in_test", "dice"]
-    assert (found.pairs, found.images) == (0, 0)
+    assert (found.of_pairs, found.images) == ((), 0)
     assert math.isnan(found.mean)
-    assert "0 pairs of runs" in compare.report([section])
+    text = compare.report([section])
+    assert "fedgs - fedavg: 0 pairs of runs of the same fold and seed. No conclusion" in text
+    assert "over images and seeds   " not in text
 
 
 def test_folds_count_alike_in_both_tables(tmp_path):
@@ -270,7 +315,8 @@ def test_folds_count_alike_in_both_tables(tmp_path):
     assert found.mean == pytest.approx((0.4 - 0.08 + 0.02) / 3)
     assert found.mean == pytest.approx(fedgs.mean - fedavg.mean)
     assert found.std == pytest.approx(np.std([0.4, -0.08, 0.02], ddof=1))
-    assert (found.images, found.pairs) == (14, 3)
+    assert found.of_pairs == pytest.approx((0.4, -0.08, 0.02))
+    assert found.images == 14
     assert (fedgs.fewest, fedgs.most) == (2, 12)
     assert "2 to 12" in compare.report([section])
 
@@ -278,17 +324,20 @@ def test_folds_count_alike_in_both_tables(tmp_path):
 @pytest.mark.slow
 def test_a_pair_without_an_image_of_a_kind_has_nothing_to_say(tmp_path):
     runs = []
-    for fold, small in ((1, True), (2, False)):
-        for method, gain in (("fedavg", 0), ("fedgs", 0.1)):
+    for fold, small in ((1, True), (2, False), (3, True)):
+        for method, gain in (("fedavg", 0), ("fedgs", 0.1 * fold)):
             images = [Case(f"{fold}-{i}", 0.5 + gain, 200.0, small) for i in range(12)]
             folder = tmp_path / f"{method}{fold}"
             runs.append(make_run(folder, images, method=method, fold=fold))
     (section,) = compare.compare(runs)
     found = section.differences["fedavg", "fedgs", "in_test", "dice_s"]
-    assert (found.pairs, found.images) == (2, 12)
-    assert found.mean == pytest.approx(0.1)
-    assert math.isnan(found.std)  # of one pair
-    assert found.interval.low == pytest.approx(0.1)
+    assert found.of_pairs == pytest.approx((0.1, 0.3))
+    assert found.images == 24
+    assert found.over_images.low == pytest.approx(0.2, abs=0.06)
+    assert math.isnan(found.with_seeds.low)  # two pairs are too few
+    lines = compare.report([section]).splitlines()
+    (row,) = [line.split() for line in lines if line.startswith("Dice_S, in-test")]
+    assert row[-3:] == ["–", "24", "2"]
 
 
 def test_slices_of_a_volume_are_one_cluster(tmp_path):
@@ -312,44 +361,64 @@ def test_slices_of_a_volume_are_one_cluster(tmp_path):
     # Equal slices of a volume tell no more than one of them.
     slices = list(gains.values())
     expected = interval_of([[gain] for gain in slices[::5]])
-    assert found.interval == pytest.approx(expected)
+    assert found.over_images == pytest.approx(expected)
     too_sure = interval_of([[gain] for gain in slices])
-    assert expected.high - expected.low > 1.5 * (too_sure.high - too_sure.low)
+    assert width(expected) > 1.5 * width(too_sure)
 
 
-def interval_of(differences):
-    """compare.interval of images, each with a list of its differences, one for each run."""
+def test_seeds_that_nobody_tried_make_us_no_surer(tmp_path):
+    """Three folds that happen to have the same mean difference: their spread is 0 by chance."""
+    gains = np.linspace(-0.2, 0.4, 13)
+    runs = []
+    for fold in (1, 2, 3):
+        for method, share in (("fedavg", 0), ("fedgs", 1)):
+            images = [Case(f"{fold}-{gain}", 0.5 + share * gain) for gain in gains]
+            images += [Case("out", 0.5, split="out_test", centre="C6")]
+            folder = tmp_path / f"{method}{fold}"
+            runs.append(make_run(folder, images, method=method, fold=fold))
+    (section,) = compare.compare(runs)
+    found = section.differences["fedavg", "fedgs", "in_test", "dice"]
+    assert found.std == pytest.approx(0)
+    assert found.over_images.low < 0.1 - 0.04 < 0.1 + 0.04 < found.over_images.high
+    assert found.with_seeds == found.over_images
+
+
+def interval_of(differences, function=compare.interval):
+    """An interval of images, each with a list of its differences, one for each run."""
     sums = np.array(differences, dtype=float)
-    return compare.interval(sums, np.ones_like(sums))
+    return function(sums, np.ones_like(sums))
 
 
-def test_interval_and_p_are_scipys():
-    """One run: the plain paired bootstrap of the mean and Wilcoxon's test, with zeros."""
+def width(interval):
+    return interval.high - interval.low
+
+
+def test_the_interval_over_images_is_scipys():
+    """One run: the plain paired bootstrap of the mean."""
     differences = np.random.default_rng(3).normal(0.05, 0.1, 40).round(2)
-    assert 0 in differences
     found = interval_of([[d] for d in differences])
     bootstrap = stats.bootstrap(
         (differences,), np.mean, method="percentile", rng=np.random.default_rng(0)
     )
-    expected = tuple(bootstrap.confidence_interval)
-    assert (found.low, found.high) == pytest.approx(expected, abs=1e-3)
-    assert found.p == stats.wilcoxon(differences).pvalue
+    assert found == pytest.approx(tuple(bootstrap.confidence_interval), abs=1e-3)
 
 
 def test_more_seeds_of_the_same_images_are_no_more_images():
-    """Four equal runs of each image: interval and p stay as they are for one."""
+    """Four equal runs of each image: the interval stays as it is for one."""
     differences = np.random.default_rng(4).normal(0.05, 0.1, 30)
     one = interval_of([[d] for d in differences])
     four = interval_of([[d] * 4 for d in differences])
     assert one == pytest.approx(four)
 
 
-def test_a_cluster_of_many_images_weighs_more_in_the_interval():
+@pytest.mark.parametrize("function", [compare.interval, compare.interval_with_seeds])
+def test_a_cluster_of_many_images_weighs_more_in_an_interval(function):
     """The mean of a pair is that over its images, not over its clusters."""
-    sums = np.array([[1.0]] * 10 + [[0.0]] * 10)
-    counts = np.array([[1.0]] * 10 + [[9.0]] * 10)
-    found = compare.interval(sums, counts)
+    sums = np.array([[1.0] * 3] * 10 + [[0.0] * 3] * 10)
+    counts = np.array([[1.0] * 3] * 10 + [[9.0] * 3] * 10)
+    found = function(sums, counts)
     assert found.low < 0.1 < found.high < 0.3  # 10 / 100, where clusters alone would give 0.5
+    assert found.low > -0.1
 
 
 def test_a_sample_may_hold_none_of_a_pairs_images():
@@ -360,29 +429,108 @@ def test_a_sample_may_hold_none_of_a_pairs_images():
     assert (found.low, found.high) == (1, 1)
 
 
-def simulated(rng, effect, images=60, runs=3):
-    """Images that are easier for one method or the other, in all runs, and noise of each run."""
-    of_images = rng.normal(effect, 0.1, (images, 1))
-    return of_images + rng.normal(0, 0.05, (images, runs))
+# ------------------------------------------------------------------------------- images and seeds
 
 
-@pytest.mark.slow
-def test_intervals_cover_the_truth_in_about_95_of_100_cases():
+def test_the_interval_with_seeds_by_its_parts():
+    """Student's t of the pairs' means, and of the covariance that two pairs have on average."""
+    differences = simulated(np.random.default_rng(10), images=20, pairs=4, seeds=0.05)
+    found = interval_of(differences, compare.interval_with_seeds)
+
+    mean = differences.mean()
+    own = stats.sem(differences.mean(axis=0))
+    covariance = np.cov(differences, rowvar=False)[~np.eye(4, dtype=bool)].mean() / 20
+    half = math.hypot(stats.t.ppf(0.975, 3) * own, stats.t.ppf(0.975, 19) * math.sqrt(covariance))
+    assert found == pytest.approx((mean - half, mean + half))
+
+
+def test_folds_without_a_common_image_are_plain_students_t():
+    differences = np.random.default_rng(11).normal(0.1, 0.3, (5, 12))
+    sums = np.kron(np.eye(5), np.ones((12, 1))) * differences.reshape(-1, 1)
+    found = compare.interval_with_seeds(sums, (sums != 0).astype(float))
+    means = differences.mean(axis=1)
+    expected = stats.t.interval(0.95, 4, means.mean(), stats.sem(means))
+    assert found == pytest.approx(expected)
+
+
+def test_slices_of_a_volume_do_not_narrow_the_interval_with_seeds():
+    differences = simulated(np.random.default_rng(12), images=20, pairs=3)
+    one = compare.interval_with_seeds(differences, np.ones_like(differences))
+    many = compare.interval_with_seeds(7 * differences, np.full_like(differences, 7))
+    assert one == pytest.approx(many)
+
+
+def test_images_that_differ_by_chance_are_not_counted_as_alike():
+    """A negative covariance of two pairs would narrow the interval."""
+    image = np.linspace(-0.3, 0.3, 12)
+    differences = np.column_stack([0.1 + image, 0.2 - image, 0.3 + 0 * image])
+    found = interval_of(differences, compare.interval_with_seeds)
+    assert found == pytest.approx(stats.t.interval(0.95, 2, 0.2, stats.sem([0.1, 0.2, 0.3])))
+
+
+def simulated(rng, images, pairs, effect=0.0, seeds=0.1, common=0.21, chance=0.21):
+    """Differences (images, pairs) whose true mean is `effect`.
+
+    Standard deviations: of what a pair's seed adds to all of its images, of how much easier an
+    image is for one method in all pairs, and of what happens to an image in one pair by chance.
+    """
+    of_pairs = rng.normal(effect, seeds, (1, pairs))
+    of_images = rng.normal(0, common, (images, 1))
+    return of_pairs + of_images + rng.normal(0, chance, (images, pairs))
+
+
+def coverage(cases, function=compare.interval_with_seeds):
+    """The share of cases whose interval covers 0."""
+    covering = 0
+    for case in cases:
+        low, high = interval_of(case, function)
+        covering += low <= 0 <= high
+    return covering / len(cases)
+
+
+@pytest.mark.parametrize("pairs", [3, 4, 5, 10])
+def test_intervals_with_seeds_cover_the_truth(pairs):
+    """Seeds matter as they do in our own runs: 2,000 comparisons of equal methods."""
+    rng = np.random.default_rng(pairs)
+    cases = [simulated(rng, rng.integers(50, 151), pairs) for _ in range(2000)]
+    assert 0.93 <= coverage(cases) <= 0.97
+
+
+def test_they_cover_it_where_only_images_matter():
+    """What all pairs have in common does not show in their spread."""
+    rng = np.random.default_rng(13)
+    cases = [simulated(rng, 50, 3, seeds=0.01, common=0.3, chance=0.05) for _ in range(500)]
+    assert 0.92 <= coverage(cases) <= 0.99
+
+
+def test_intervals_over_images_cover_the_truth_only_where_seeds_do_not_matter(monkeypatch):
+    monkeypatch.setattr(compare, "SAMPLES", 999)
     rng = np.random.default_rng(5)
-    found = [interval_of(simulated(rng, 0.0)) for _ in range(200)]
-    covering = np.mean([interval.low <= 0 <= interval.high for interval in found])
-    assert 0.91 <= covering <= 0.985  # two and a half standard deviations around 0.95
-    assert 0.015 <= np.mean([interval.p < 0.05 for interval in found]) <= 0.09
+    without = [simulated(rng, 40, 3, seeds=0) for _ in range(200)]
+    assert 0.91 <= coverage(without, compare.interval) <= 0.985  # 2.5 standard deviations of 0.95
+    as_ours = [simulated(rng, 80, 3) for _ in range(100)]
+    assert coverage(as_ours, compare.interval) < 0.75
 
 
 def test_a_difference_is_found():
-    found = interval_of(simulated(np.random.default_rng(6), 0.1))
-    assert 0.05 < found.low < 0.1 < found.high < 0.15
-    assert found.p < 1e-6
+    differences = simulated(np.random.default_rng(6), 60, 5, effect=0.1, seeds=0.01, common=0.1)
+    for function in (compare.interval, compare.interval_with_seeds):
+        found = interval_of(differences, function)
+        assert 0.03 < found.low < 0.1 < found.high < 0.17
 
 
-def test_equal_runs_and_too_few_images():
-    assert interval_of([[0.0]] * 10) == (0, 0, 1)
+def test_equal_runs():
+    assert interval_of([[0.0]] * 10) == (0, 0)
+    assert interval_of([[0.0] * 3] * 10, compare.interval_with_seeds) == (0, 0)
+
+
+@pytest.mark.parametrize("images, pairs", [(9, 3), (10, 2), (0, 3), (10, 0)])
+def test_too_few_images_or_pairs_for_an_interval_with_seeds(images, pairs):
+    nothing = np.zeros((images, pairs))
+    assert all(map(math.isnan, compare.interval_with_seeds(nothing, nothing + 1)))
+
+
+def test_too_few_images_for_an_interval():
     assert all(map(math.isnan, interval_of([[0.1]] * 9)))
     assert all(map(math.isnan, compare.interval(np.zeros((0, 1)), np.zeros((0, 1)))))
 
@@ -484,12 +632,13 @@ def test_tables(capsys, tmp_path):
     ]
     assert exit_code(compare.main, runs) == 0
     text = capsys.readouterr().out
-    assert text.startswith("PolypGen stand-in, utnet, checkpoint best: ")
-    assert "fedgs - fedavg (1 pair of runs)" in text
+    heading = "PolypGen stand-in, utnet, checkpoint best, averaged batch-norm statistics: "
+    assert text.startswith(heading)
+    alone = "fedgs - fedavg: 1 pair of runs of the same fold and seed. No conclusion"
+    assert alone in text
     assert "+0.067 " in text
     assert "[" not in text  # three images are too few for an interval
-    assert "not other seeds" in text
-    assert "not corrected" in text
+    assert "One interval in twenty misses the truth" in text
     assert "FP rate" not in text  # nothing was counted for it
     assert "recall, 1/a < 50   2" in text
 
@@ -497,26 +646,50 @@ def test_tables(capsys, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     assert "| in-test | n | fedavg (1 run) | fedgs (1 run) |" in lines
     assert "| Dice_N | 2 | 0.300 | 0.400 |" in lines
-    assert "| Dice_S | +0.100 | – | 1 | – | – | 0 |" in lines
+    assert (
+        "| 95 % intervals | difference | over images | over images and seeds | images "
+        "| pairs of runs |"
+    ) in lines
+    assert "| Dice_S, in-test | +0.100 | – | – | 1 | 1 |" in lines
+    assert not any(line.startswith("| Dice_S, out-test") for line in lines)  # none is small
 
 
-def test_spread_and_interval_in_tables(tmp_path):
+def random_runs(folder, seeds):
+    """Two methods on twelve images."""
     rng = np.random.default_rng(8)
     runs = []
-    for seed in (0, 1):
+    for seed in seeds:
         for method in ("fedavg", "fedgs"):
             images = [Case(str(i), rng.uniform()) for i in range(12)]
-            folder = tmp_path / f"{method}{seed}"
-            runs.append(make_run(folder, images, method=method, seed=seed))
-    (section,) = compare.compare(runs)
+            runs.append(make_run(folder / f"{method}{seed}", images, method=method, seed=seed))
+    return runs
+
+
+def test_spread_and_intervals_in_tables(tmp_path):
+    (section,) = compare.compare(random_runs(tmp_path, (0, 1, 2)))
     found = section.differences["fedavg", "fedgs", "in_test", "dice"]
-    low, high, p = found.interval
-    expected = f"{found.mean:+.3f} ± {found.std:.3f} [{low:+.3f}, {high:+.3f}]"
     text = compare.report([section])
-    assert expected in text
-    assert f"{p:.2g}" in text
+    row = ["Dice, in-test", f"{found.mean:+.3f} ± {found.std:.3f}"]
+    for low, high in (found.over_images, found.with_seeds):
+        assert low < found.mean < high
+        row.append(f"[{low:+.3f}, {high:+.3f}]")
+    assert found.with_seeds != found.over_images
+    cells = [re.split("  +", line) for line in text.splitlines()]
+    assert [*row, "12", "3"] in cells
+    assert "fedgs - fedavg: 3 pairs of runs of the same fold and seed\n" in text
+    assert "No conclusion" not in text
+
     fedgs = section.summaries["in_test", "dice", "fedgs"]
     assert f"{fedgs.mean:.3f} ± {fedgs.std:.3f}" in text
+
+
+def test_two_pairs_of_runs_are_no_comparison_of_methods(tmp_path):
+    (section,) = compare.compare(random_runs(tmp_path, (0, 1)))
+    found = section.differences["fedavg", "fedgs", "in_test", "dice"]
+    assert not math.isnan(found.over_images.low)
+    assert all(map(math.isnan, found.with_seeds))
+    text = compare.report([section])
+    assert "2 pairs of runs of the same fold and seed. No conclusion about methods is" in text
 
 
 def test_a_row_for_what_only_one_method_was_tested_on(tmp_path):
@@ -534,38 +707,68 @@ def test_a_row_for_what_only_one_method_was_tested_on(tmp_path):
 # ---------------------------------------------------------------------------------------- picture
 
 
-def test_the_picture_shows_the_numbers_of_the_runs(tmp_path):
+def test_the_picture_shows_the_differences_of_the_runs(tmp_path):
     def images(dice, *others):
-        return [*cases(*others), Case("e", dice, centre="C2")]
+        return [*cases(*others), Case("e", dice, 5.0, centre="C2")]
 
     runs = [
         make_run(tmp_path / "a0", images(0.2, 0.1, 0.5, 1.0, 0.6), method="fedavg"),
         make_run(tmp_path / "a1", images(0.4, 0.3, 0.7, 0.0, 0.6), method="fedavg", seed=1),
         make_run(tmp_path / "g0", images(0.9, 0.2, 0.6, 1.0, 0.5)),
+        make_run(tmp_path / "g1", images(0.5, 0.3, 0.6, 1.0, 0.4), seed=1),
+        make_run(tmp_path / "p1", images(0.5, 0.3, 0.6, 1.0, 0.4), method="fedprox", seed=1),
+        make_run(tmp_path / "c2", images(0.5, 0.3, 0.6, 1.0, 0.4), label="control", seed=2),
     ]
     (section,) = compare.compare(runs)
     figure = compare.draw(section)
     assert figure.get_suptitle() == section.title
-    panels = {axes.get_title().partition(":")[0]: axes for axes in figure.axes}
 
-    panel = panels["Dice_L"]
-    ticks = [label.get_text() for label in panel.get_xticklabels()]
-    assert ticks == ["1\nC1", "1\nC6\n(held out)", "1\nC2"]
-    # FedAvg's mean of two runs, then FedGS's one.
-    heights = [bar.get_height() for bar in panel.patches]
-    assert heights == pytest.approx([0.6, 0.6, 0.6, 0.5, 0.3, 0.9])
-    heights = [bar.get_height() for bar in panels["Dice_S"].patches]
-    assert heights == pytest.approx([0.2, 0.2, 0, 0, 0, 0])
-    recall = panels["lesion recall"].patches[0].get_height()
-    assert recall == pytest.approx((2 * 0.5 + 6 * 0.9) / 8)
+    # The control has no run of the same seed, FedProx has one.
+    assert len(figure.axes) == 4
+    first, _, second, _ = [axes.get_title(loc="left") for axes in figure.axes]
+    few = "too few for a conclusion"
+    assert first.startswith(f"fedgs − fedavg, 2 pairs of runs: {few}\nby size")
+    assert second.startswith(f"fedgs − fedprox, 1 pair of runs: {few}\nby size")
 
-    panel = panels["every test image with a lesion, mean of its runs"]
-    points = np.array(sorted(panel.collections[0].get_offsets().tolist()))
-    expected = np.array([[20, 0.3], [20, 0.6], [20, 0.6], [200, 0.2]])
-    assert points == pytest.approx(expected)
-    assert any(line.get_label() == "τ = 150" for line in panel.lines)
-    counts = next(axes for axes in figure.axes if axes.get_ylabel() == "images")
-    assert sum(bar.get_height() for bar in counts.patches) == 4
+    # Images of 1/a = 5, 20 (in-test and held out, 0.1 and -0.1; -0.1 and -0.2), 200, and none.
+    sizes, centres, *_ = figure.axes
+    ticks = [label.get_text() for label in sizes.get_xticklabels()]
+    assert ticks == ["1/a < 10", "10–50", "50–150", "150–1000", "≥ 1000", "no lesion"]
+    assert [text.get_text() for text in sizes.texts] == ["1", "2", "0", "1", "0", "1"]
+    expected = [[0.7, 0.1], [0, -0.15], [], [0.1, 0], [], [0, 1]]
+    for points, values in zip(drawn_pairs(sizes), expected, strict=True):
+        assert points == pytest.approx(values, abs=1e-12)
+
+    # Dice_S and Dice_L in each centre.
+    ticks = [label.get_text() for label in centres.get_xticklabels()]
+    assert ticks == ["C1", "C2", "C6\n(held out)"]
+    assert [text.get_text() for text in centres.texts] == ["1", "1", "0", "1", "0", "1"]
+    expected = [[0.1, 0], [0.1, -0.1], [], [0.7, 0.1], [], [-0.1, -0.2]]
+    for points, values in zip(drawn_pairs(centres), expected, strict=True):
+        assert points == pytest.approx(values, abs=1e-12)
+
+
+def drawn_pairs(axes):
+    """The mean differences of pairs of runs, in each place of a panel."""
+    return [list(line.get_ydata()) for line in axes.lines if line.get_marker() == "o"]
+
+
+def test_every_image_is_in_one_range_of_sizes(tmp_path):
+    """The ends of the ranges, too."""
+    areas = (1, 9.9, 10, 49, 50, 150, 999, 1000, 1e6, math.inf)
+    images = [Case(str(area), 0.5, area) for area in areas]
+    group = compare.compare([make_run(tmp_path / "a", images)])[0].groups["fedgs"]
+    sizes = {image: score.inverse_area for image, score in group[0].scores.items()}
+    found = compare.by_size(group, group, sizes)
+    counts = {name: measures["Dice"].images for name, measures in found.items()}
+    assert counts == {
+        "1/a < 10": 2,
+        "10–50": 2,
+        "50–150": 1,
+        "150–1000": 2,
+        "≥ 1000": 2,
+        "no lesion": 1,
+    }
 
 
 @pytest.mark.slow
@@ -574,15 +777,14 @@ def test_a_picture_of_a_comparison(tmp_path, capsys, two_methods):
     assert exit_code(compare.main, [*two_methods, "--plot", path]) == 0
     assert "Dice_S" in capsys.readouterr().out
     with Image.open(path) as image:
-        assert min(image.size) > 800
+        assert image.size > (1200, 500)
 
 
 def test_what_cannot_be_drawn(tmp_path, capsys, two_methods):
     path = tmp_path / "x.png"
-    nothing = [Case("c", 1.0, math.inf), Case("d", 1.0, math.inf, split="out_test", centre="C6")]
-    empty = make_run(tmp_path / "empty", nothing)
-    assert exit_code(compare.main, [empty, "--plot", path]) == 2
-    assert "nothing to draw" in capsys.readouterr().err
+    for runs in (two_methods[:2], [two_methods[0], two_methods[3]]):
+        assert exit_code(compare.main, [*runs, "--plot", path]) == 2
+        assert "a picture shows differences, and there are no" in capsys.readouterr().err
 
     other = make_run(tmp_path / "sd", cases(0.1, 0.5, 1.0, 0.6), model="sd-utnet")
     refuses(capsys, [*two_methods, other, "--plot", path], "one data set and network")

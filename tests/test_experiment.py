@@ -1,6 +1,7 @@
 """python -m tools.experiment: methods x folds x seeds, one run after another."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 import fedgs
 from support import pictures, runs
 from support.errors import UserError
+from support.options import METHODS
 from tools import compare, experiment
 
 # One client, one round: what the runs learn does not matter here.
@@ -83,13 +85,55 @@ def test_pairs_of_methods_lie_next_to_each_other(start, tmp_path, monkeypatch, c
         assert config.lr == 1e-3  # what was given to all of them
 
 
-def test_by_default_both_methods_in_runs(monkeypatch, tmp_path, capsys):
+def test_by_default_both_methods_with_three_seeds_in_runs(monkeypatch, tmp_path, capsys):
     configs = without_training(monkeypatch)
     monkeypatch.chdir(tmp_path)
     code = exit_code(experiment.main, ["--data-root", "stand-in"])
-    refused(capsys, code, "2 of 2 runs failed")
-    folders = [f"runs/{name_of(method)}" for method in ("fedavg", "fedgs")]
+    refused(capsys, code, "6 of 6 runs failed")
+    folders = []
+    for seed in (0, 1, 2):
+        folders += [f"runs/{name_of(method, seed)}" for method in ("fedavg", "fedgs")]
     assert [config.out for config in configs] == folders
+
+
+@pytest.mark.parametrize(
+    ("options", "seeds"),
+    [
+        (["--methods", "fedgs"], [0]),
+        (["--methods", "fedgs", "fedgs"], [0]),  # each once
+        (["--methods", "fedprox", "fedavg"], [0, 1, 2]),
+        (["--methods", "fedgs", "--control"], [0, 1, 2]),
+        (["--methods", "fedgs", "--unscaled"], [0, 1, 2]),
+        (["--seeds", "4"], [4]),
+    ],
+)
+def test_three_seeds_where_methods_are_compared(
+    start, tmp_path, monkeypatch, capsys, options, seeds
+):
+    configs = without_training(monkeypatch)
+    refused(capsys, start(tmp_path, *options), "runs failed")
+    assert sorted({config.seed for config in configs}) == seeds
+
+
+def test_every_method_can_be_one_of_them(start, tmp_path, monkeypatch, capsys):
+    configs = without_training(monkeypatch)
+    refused(capsys, start(tmp_path, "--methods", *METHODS, "--seeds", 0), "runs failed")
+    assert [config.method for config in configs] == list(METHODS)
+
+
+def test_unscaled_is_an_arm_beside_the_methods(start, tmp_path, monkeypatch, capsys):
+    """What the paper's tables call FedAvg: each seed's FedGS without scaling, told by its label."""
+    configs = without_training(monkeypatch)
+    options = ["--methods", "fedavg", "fedgs", "--unscaled", "--seeds", 0, 1, "--folds", 2]
+    refused(capsys, start(tmp_path, *options), "6 of 6 runs failed")
+    arms = ("fedavg", "fedgs", "unscaled")
+    expected = [tmp_path / name_of(arm, seed, 2) for seed in (0, 1) for arm in arms]
+    assert [config.out for config in configs] == [str(folder) for folder in expected]
+
+    scaled, unscaled = configs[1:3]
+    assert unscaled == replace(scaled, scaling="off", label="unscaled", out=unscaled.out)
+    assert scaled.scales and not unscaled.scales
+    assert unscaled.accumulates
 
 
 def test_names_say_what_there_is_one_of(start, tmp_path, monkeypatch, capsys):
@@ -106,7 +150,7 @@ def test_names_say_what_there_is_one_of(start, tmp_path, monkeypatch, capsys):
         (["--split", "centre", "--folds", "1", "2"], ["--fold 2", "no folds"]),
         (["--seeds", "0", "-1"], ["--seed -1"]),
         (["--folds", "6"], ["--folds", "6"]),
-        (["--methods", "fedprox"], ["--methods", "fedprox"]),
+        (["--methods", "fedsgd"], ["--methods", "fedsgd"]),
         (["--methods", "fedavg", "--control"], ["--control needs a FedGS run", "--methods"]),
         (["--method", "fedgs"], ["--method"]),  # of a single run
         (["--label", "mine"], ["--label"]),
@@ -154,7 +198,7 @@ def test_it_goes_on_after_a_run_that_fails(start, tmp_path, monkeypatch, capsys)
         return whole(config, why)
 
     monkeypatch.setattr(experiment, "run", failing)
-    code = start(tmp_path)
+    code = start(tmp_path, "--seeds", 0)
     output, error = capsys.readouterr()
     assert code == 2
     failed = tmp_path / name_of("fedavg")
@@ -211,7 +255,8 @@ def test_interrupted_and_resumed(start, tmp_path, capsys, monkeypatch):
 
     [section] = compare.compare(folders)
     assert compare.report([section]) in text
-    assert "PolypGen stand-in, utnet, checkpoint best" in text
+    assert "PolypGen stand-in, utnet, checkpoint best, averaged batch-norm statistics" in text
+    assert "2 pairs of runs of the same fold and seed. No conclusion about methods" in text
     assert f"python -m tools.compare {' '.join(map(str, folders))} --plot" in text
     parts = {label: [run.part for run in group] for label, group in section.groups.items()}
     assert parts == {"fedavg": [(1, 0), (1, 1)], "fedgs": [(1, 0), (1, 1)]}
@@ -291,8 +336,20 @@ def test_controls_take_the_mean_eta_of_their_fedgs_run(start, tmp_path, capsys):
 
 def test_no_control_of_a_run_that_failed(start, tmp_path, monkeypatch, capsys):
     configs = without_training(monkeypatch)
-    refused(capsys, start(tmp_path, "--control", "--methods", "fedgs"), "1 of 1 runs failed")
+    options = ["--control", "--methods", "fedgs", "--seeds", 0]
+    refused(capsys, start(tmp_path, *options), "1 of 1 runs failed")
     assert [config.method for config in configs] == ["fedgs"]
+
+
+def test_no_control_of_the_run_without_scaling(start, tmp_path, monkeypatch):
+    """Its mean eta is 1, so that its control would be FedAvg."""
+    trained = []
+    monkeypatch.setattr(experiment, "run", lambda config, why: trained.append(config))
+    monkeypatch.setattr(experiment, "control_of", lambda config, out: replace(config, label="c"))
+    monkeypatch.setattr(compare, "compare", lambda folders: [])
+    options = ["--methods", "fedgs", "--unscaled", "--control", "--seeds", 0]
+    assert start(tmp_path, *options) == 0
+    assert [config.label for config in trained] == ["", "c", "unscaled"]
 
 
 def test_eta_is_averaged_over_all_rounds(tmp_path):
@@ -303,3 +360,11 @@ def test_eta_is_averaged_over_all_rounds(tmp_path):
     assert (control.method, control.server_lr, control.label) == ("fedavg", 1.25, "control")
     assert (control.fold, control.seed) == (2, 3)
     assert control.out == str(tmp_path / name_of("control", 3, 2))
+
+
+def test_a_control_is_as_fast_as_its_fedgs_run_and_scales_nothing(tmp_path):
+    config = fedgs.Config(out=str(tmp_path), server_lr=0.5, scaling="on")
+    (tmp_path / "rounds.csv").write_text("round,eta\n1,1.25\n")
+    control = experiment.control_of(config, tmp_path)
+    assert control.server_lr == 0.5 * 1.25
+    assert not control.accumulates

@@ -1,5 +1,6 @@
 """The pictures show the numbers that they are given."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -198,59 +199,96 @@ def test_anatomy(generator, channels, tmp_path):
 # ----------------------------------------------------------------------------- methods side by side
 
 
+def difference(*of_pairs, images=20, over_images=(-0.05, 0.05), with_seeds=(-0.2, 0.3)):
+    """As tools.compare has them."""
+    mean = float(np.mean(of_pairs)) if of_pairs else math.nan
+    return SimpleNamespace(
+        of_pairs=of_pairs,
+        images=images,
+        mean=mean,
+        over_images=over_images,
+        with_seeds=with_seeds,
+    )
+
+
+def by_marker(axes):
+    """Points of pairs, means, and the two intervals, in the order in which they were drawn."""
+    found = {"o": [], "D": [], 5: [], 1.3: []}
+    for drawn_line in axes.lines[1:]:  # the first one is that of 0
+        points = drawn_line.get_marker()
+        kind = drawn_line.get_linewidth() if points == "None" else points
+        found[kind].append(list(drawn_line.get_ydata()))
+    return found.values()
+
+
 def test_comparison(tmp_path):
-    sizes = np.array([20.0, 200.0, 40.0])
-    points = {
-        "fedavg": (np.array([20.0, 200.0]), np.array([0.6, 0.2])),
-        "fedgs": (sizes, np.array([0.5, 0.3, 0.4])),
+    nothing = difference(images=0, over_images=(math.nan,) * 2, with_seeds=(math.nan,) * 2)
+    by_size = {
+        "1/a < 10": {"Dice": difference(0.1, -0.3, 0.2)},
+        "no lesion": {"Dice": nothing},
     }
-    missing = (math.nan, 0)
-    bars = {
-        "Dice_S": {"C1": {"fedavg": [(0.2, 1)], "fedgs": [(0.3, 1)]}},
-        "Dice_L": {
-            "C1": {"fedavg": [(0.5, 4), (0.7, 6)], "fedgs": [(0.6, 5)]},
-            "C6\n(held out)": {"fedavg": [missing, missing], "fedgs": [missing]},
+    by_centre = {
+        "C1": {
+            "Dice_S": difference(0.1, images=8, with_seeds=(math.nan,) * 2),
+            "Dice_L": difference(0.3, 0.5, images=114),
         },
-        "recall": {"1/a < 50": {"fedavg": [(1.0, 2), (0.5, 2)], "fedgs": [(0.9, 2)]}},
+        "C6\n(held out)": {"Dice_S": nothing, "Dice_L": difference(-0.1)},
     }
-    figure = pictures.draw_comparison("a title", 150.0, sizes, points, bars)
+    rows = {"b − a": (by_size, by_centre), "c − a": (by_size, by_centre)}
+    figure = pictures.draw_comparison("a title", rows)
     assert min(drawn(figure, tmp_path)) > 800
     assert figure.get_suptitle() == "a title"
-    panels = {axes.get_title().partition(":")[0]: axes for axes in figure.axes}
+    sizes, centres, *others = figure.axes
+    assert len(others) == 2
+    assert sizes.get_title(loc="left").startswith("b − a\nby size of lesions: a point is a pair of")
+    assert centres.get_title(loc="left").startswith("by centre: a point is a pair of runs")
+    assert others[0].get_title(loc="left").startswith("c − a\n")
+    assert "difference" in sizes.get_ylabel()
+    assert list(sizes.lines[0].get_ydata()) == [0, 0]
+    assert sizes.get_ylim() == others[1].get_ylim()
 
-    # Every image is a point of its method, and tau a line.
-    scatter = panels["every test image with a lesion, mean of its runs"]
-    dots = [found for found in scatter.collections if len(found.get_offsets()) > 1]
-    assert dots[0].get_offsets().tolist() == [[20, 0.6], [200, 0.2]]
-    assert dots[1].get_offsets().tolist() == [[20, 0.5], [200, 0.3], [40, 0.4]]
-    assert set(line(scatter, "τ = 150")[0]) == {150}
-    counts = next(axes for axes in figure.axes if axes.get_ylabel() == "images")
-    assert sum(bar.get_height() for bar in counts.patches) == 3
-    assert counts.get_xlim() == scatter.get_xlim()
+    pairs, means, over_images, with_seeds = by_marker(sizes)
+    assert pairs == [[0.1, -0.3, 0.2], []]
+    assert means == [[pytest.approx(0)]]  # none where there is no image
+    assert over_images[0] == [-0.05, 0.05]
+    assert with_seeds[0] == [-0.2, 0.3]
+    assert [text.get_text() for text in sizes.texts] == ["20", "0"]
 
-    # A bar for each method in each group; a point for each run, and n below.
-    panel = panels["Dice_L"]
-    assert [bar.get_height() for bar in panel.patches] == pytest.approx([0.6, 0.6, 0, 0])
-    assert len({round(bar.get_x(), 6) for bar in panel.patches}) == 4
-    assert [list(points.get_ydata()) for points in panel.lines] == [[0.5, 0.7], [0.6], [], []]
-    ticks = [label.get_text() for label in panel.get_xticklabels()]
-    assert ticks == ["4–6\nC1", "0\nC6\n(held out)"]
-    assert panels["recall"].patches[0].get_height() == 0.75
-
-    # A method has one colour everywhere, which the legend names.
-    legend = figure.legends[0]
-    assert [text.get_text() for text in legend.get_texts()] == ["fedavg", "fedgs"]
-    colours = [patch.get_facecolor() for patch in legend.get_patches()]
-    assert [bar.get_facecolor() for bar in panels["Dice_S"].patches] == colours
-    assert [tuple(found.get_facecolor()[0][:3]) for found in dots] == [c[:3] for c in colours]
+    # Small lesions and others beside each other, in the colours that the key names.
+    pairs, means, *_ = by_marker(centres)
+    assert pairs == [[0.1], [0.3, 0.5], [], [-0.1]]
+    assert means == [[0.1], [0.4], [-0.1]]
+    places = [line.get_xdata()[0] for line in centres.lines if line.get_marker() == "D"]
+    assert places == sorted(places)
+    assert places[1] < 0.5 < places[2]
+    assert [text.get_text() for text in centres.texts] == ["8", "114", "0", "20"]
+    key = {line.get_label(): line.get_color() for line in figure.legends[0].legend_handles}
+    colours = [text.get_color() for text in centres.texts]
+    assert colours == [key["Dice_S: small lesions"], key["Dice_L: other lesions"]] * 2
 
 
-def test_running_mean_by_hand():
-    x = np.array([3.0, 1.0, 2.0, 4.0, 5.0])
-    y = np.array([0.3, 0.1, 0.2, 0.9, 0.5])
-    area, mean, error = pictures.running_mean(x, y, 2, fewest=1)
-    assert area.tolist() == [1, 2, 3, 4, 5]
-    # In order 0.1, 0.2, 0.3, 0.9, 0.5: two at the ends, three beside them, all five in the middle.
-    assert mean.tolist() == pytest.approx([0.15, 0.2, 0.4, 1.7 / 3, 0.7])
-    # The standard deviation of 0.1, 0.2, 0.3 is 0.1.
-    assert error[1] == pytest.approx(1.96 * 0.1 / math.sqrt(3))
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["fedgs − fedavg, 3 pairs of runs", "a method, and its options, " * 5]
+)
+def test_texts_of_a_comparison_do_not_overlap(name):
+    sizes = ("1/a < 10", "10–50", "50–150", "150–1000", "≥ 1000", "no lesion")
+    centres = ("C1", "C2", "C3", "C4", "C5", "C6\n(held out)")
+    by_size = {size: {"Dice": difference(0.1, images=1234)} for size in sizes}
+    of_kinds = {"Dice_S": difference(0.1, images=123), "Dice_L": difference(0.2, images=123)}
+    by_centre = dict.fromkeys(centres, of_kinds)
+    rows = {f"{name}{i}": (by_size, by_centre) for i in range(3)}
+    figure = pictures.draw_comparison("a title of some length " * 6, rows)
+    figure.draw_without_rendering()
+
+    boxes = [figure._suptitle.get_window_extent()]
+    boxes += [text.get_window_extent() for text in figure.legends[0].get_texts()]
+    for axes in figure.axes:
+        texts = [*axes.texts, *axes.get_xticklabels(), axes._left_title, axes.yaxis.label]
+        boxes += [text.get_window_extent() for text in texts if text.get_text()]
+    assert len(boxes) > 100
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other), (one, other)
+    for box in boxes:
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+        assert box.y0 >= 0 and box.y1 <= figure.bbox.height

@@ -512,10 +512,10 @@ def images_of(run: Run, split: str) -> dict[Image, tuple[float, bool]]:
 
 NOTE = f"""\
 Differences are paired over images and runs of the same fold and seed: their mean ± standard
-deviation over pairs of runs, and two 95 % intervals, from {FEWEST_CLUSTERS} images (LiTS: volumes) on.
-The one over images tells what these very runs might have shown on other images. The one over images
-and seeds, from {FEWEST_PAIRS} pairs of runs on, tells what other runs might have shown: only this one is about
-the methods. One interval in twenty misses the truth, and there are many of them."""
+deviation over pairs of runs. The interval over images tells what these very runs might have shown
+on other images: it takes {FEWEST_CLUSTERS} of them (LiTS: volumes). The interval over images and
+seeds tells what other runs might have shown, too: it takes {FEWEST_PAIRS} pairs of runs. Only that
+one is about methods. One interval in twenty misses the truth, and there are many of them here."""
 
 
 def report(sections: Sequence[Section], layout: Callable[[list], str] = aligned) -> str:
@@ -529,8 +529,10 @@ def report(sections: Sequence[Section], layout: Callable[[list], str] = aligned)
         tables = [summary_rows(section, split) for split in SPLITS]
         blocks += [layout(rows) for rows in tables]
         for first, second in itertools.combinations(section.groups, 2):
-            blocks.append(layout(difference_rows(section, first, second)))
-            blocks += warnings(section, first, second)
+            blocks.append(describe_pairs(section, first, second))
+            rows = difference_rows(section, first, second)
+            if len(rows) > 1:
+                blocks.append(layout(rows))
 
     if any(section.differences for section in sections):
         blocks.append(NOTE)
@@ -563,10 +565,19 @@ def mean_cell(summary: Summary) -> str:
     return f"{summary.mean:.3f}{spread}"
 
 
+def describe_pairs(section: Section, first: str, second: str) -> str:
+    """What stands above a table of differences: who is compared, and whether it can be."""
+    pairs = len(pairs_of(section.groups[first], section.groups[second]))
+    text = f"{second} - {first}: {plural(pairs, 'pair')} of runs of the same fold and seed"
+    if pairs < FEWEST_PAIRS:
+        text += f". No conclusion about methods is possible from fewer than {FEWEST_PAIRS}."
+    return text
+
+
 def difference_rows(section: Section, first: str, second: str) -> list[list[str]]:
     """A row for each split and measure, with the difference, its intervals, and what is in it."""
-    header = [f"{second} - {first}", "difference", "over images", "over images and seeds"]
-    rows = [[*header, "images", "pairs of runs"]]
+    intervals = ["over images", "over images and seeds"]
+    rows = [["95 % intervals", "difference", *intervals, "images", "pairs of runs"]]
     for split, measure in itertools.product(SPLITS, PAIRED):
         found = section.differences[first, second, split, measure]
         if found.images:
@@ -591,17 +602,6 @@ def difference_cells(found: Difference) -> list[str]:
 def interval_cell(found: Interval) -> str:
     """An interval as "[+0.003, +0.021]", or a dash."""
     return "–" if math.isnan(found.low) else f"[{found.low:+.3f}, {found.high:+.3f}]"
-
-
-def warnings(section: Section, first: str, second: str) -> list[str]:
-    """What has to be said below a table of differences: nothing, or one sentence."""
-    pairs = len(pairs_of(section.groups[first], section.groups[second]))
-    if pairs >= FEWEST_PAIRS:
-        return []
-    return [
-        f"No conclusion about {second} and {first} is possible: {plural(pairs, 'pair')} of runs of "
-        f"the same fold and seed, and it takes {FEWEST_PAIRS}."
-    ]
 
 
 def plural(count: int, noun: str) -> str:
@@ -632,7 +632,7 @@ def draw(section: Section) -> "Figure":
             continue
         title = f"{last} − {other}, {plural(pairs, 'pair')} of runs"
         if pairs < FEWEST_PAIRS:
-            title += ": too few for a conclusion about methods"
+            title += ": too few for a conclusion"
         rows[title] = by_size(*groups, sizes), by_centre(*groups, sizes)
 
     if not rows:

@@ -1,16 +1,18 @@
 """Methods x folds x seeds: one run after another, and their comparison.
 
-    python -m tools.experiment --methods fedavg fedgs --seeds 0 1 2
-    python -m tools.experiment --folds 1 2 3 4 5 --control --data-root /data/polypgen --out exp
+    python -m tools.experiment --methods fedavg fedprox fedgs
+    python -m tools.experiment --folds 1 2 3 4 5 --seeds 0 --control --unscaled --data-root DATA
     python -m tools.experiment … --resume
 
 Takes every option of a training run (python fedgs.py --help). Each run has a folder of its own
 below --out. What is complete is skipped, what was interrupted goes on with --resume, and a run
-that is refused does not keep the others from running.
+that is refused does not keep the others from running. Methods are compared over three seeds, since
+a difference between two runs is often that of their seeds.
 
 --control adds the run that an honest comparison needs: FedGS lengthens the server's steps, too, so
 FedAvg is also trained with the server learning rate that equals the mean eta which the FedGS run
-of the same fold and seed measured.
+of the same fold and seed measured. --unscaled adds what the paper's tables call FedAvg: FedGS
+whose steps all count the same.
 """
 
 import argparse
@@ -28,32 +30,44 @@ from support.errors import UserError, readable_errors
 from support.files import read_csv
 from tools import compare
 
-AXES = {"method": "methods", "fold": "folds", "seed": "seeds"}  # option of a run -> of this program
+AXES = ("method", "fold", "seed")  # options of a run of which this program takes several
+SEEDS = [0, 1, 2]  # as many pairs of runs as a comparison needs at the least
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line: options of a training run are attributes only where they were given."""
     parser = options.new_parser(__doc__, "python -m tools.experiment")
-    parser.add_argument("--methods", nargs="+", choices=("fedavg", "fedgs"), metavar="METHOD")
-    parser.add_argument("--folds", nargs="+", type=int, choices=range(1, 6), metavar="FOLD")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED")
-    help_text = "train FedAvg with FedGS's mean eta as its server learning rate, too"
-    parser.add_argument("--control", action="store_true", help=help_text)
+    add = parser.add_argument
+    methods = "default: fedavg fedgs"
+    add("--methods", nargs="+", choices=options.METHODS, metavar="METHOD", help=methods)
+    add("--folds", nargs="+", type=int, choices=range(1, 6), metavar="FOLD", help="default: 1")
+    seeds = "default: 0 1 2 where methods are compared, else 0"
+    add("--seeds", nargs="+", type=int, metavar="SEED", help=seeds)
+    control = "train FedAvg with FedGS's mean eta as its server learning rate, too"
+    add("--control", action="store_true", help=control)
+    unscaled = "train FedGS without scaling, too: what the paper's tables call FedAvg"
+    add("--unscaled", action="store_true", help=unscaled)
 
     names = [name for name in Config.__dataclass_fields__ if name not in (*AXES, "label")]
     options.add_options(parser, Config, names, SHOWN_DEFAULTS)
     return parser.parse_args(arguments)
 
 
-def plan(given: dict[str, Any], axes: dict[str, list], out: Path) -> list[tuple[Config, str]]:
+def plan(
+    given: dict[str, Any], axes: dict[str, list], unscaled: bool, out: Path
+) -> list[tuple[Config, str]]:
     """A configuration for each fold, seed and method, and why its preset.
 
-    Raises UserError, before anything begins, for options that no run can use, and for folders that
-    hold something else.
+    unscaled: FedGS without scaling is one of the methods. Raises UserError, before anything begins,
+    for options that no run can use, and for folders that hold something else.
     """
+    methods = [{"method": method} for method in axes["method"]]
+    if unscaled:
+        methods.append({"method": "fedgs", "scaling": "off", "label": "unscaled"})
+
     planned = []
-    for fold, seed, method in itertools.product(axes["fold"], axes["seed"], axes["method"]):
-        config, why = configure({**given, "method": method, "fold": fold, "seed": seed})
+    for fold, seed, method in itertools.product(axes["fold"], axes["seed"], methods):
+        config, why = configure({**given, **method, "fold": fold, "seed": seed})
         config = settle(replace(config, out=str(out / runs.run_name(config))))
 
         folder = runs.Folder(config)
@@ -75,7 +89,9 @@ def control_of(config: Config, out: Path) -> Config:
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): there is no control for its run") from error
 
-    control = replace(config, method="fedavg", server_lr=mean_eta, label="control")
+    # As long as the steps of FedGS on average, whatever its own learning rate is.
+    server_lr = config.server_lr * mean_eta
+    control = replace(config, method="fedavg", scaling="auto", server_lr=server_lr, label="control")
     return replace(control, out=str(out / runs.run_name(control)))
 
 
@@ -95,7 +111,7 @@ def run_all(
         try:
             train_unless_complete(config, why, folder)
             finished.append(folder.path)
-            if control and config.method == "fedgs":
+            if control and config.method == "fedgs" and not config.label:
                 waiting.appendleft((control_of(config, out), why))
         except UserError as error:
             print(f"failed: {error}\n", flush=True)
@@ -112,21 +128,33 @@ def train_unless_complete(config: Config, why: str, folder: runs.Folder) -> None
     run(config, why)
 
 
+def choose_axes(given: dict[str, Any], more_methods: bool) -> dict[str, list]:
+    """Take methods, folds and seeds out of the options. -> their values, each once
+
+    more_methods: others are trained beside --methods.
+    """
+    methods = given.pop("methods", ["fedavg", "fedgs"])
+    several = more_methods or len(set(methods)) > 1
+    values = {
+        "method": methods,
+        "fold": given.pop("folds", [Config.fold]),
+        "seed": given.pop("seeds", SEEDS if several else [Config.seed]),
+    }
+    return {name: list(dict.fromkeys(found)) for name, found in values.items()}
+
+
 def experiment(given: dict[str, Any]) -> None:
     """Everything from options by name to the comparison. Raises UserError for runs that failed."""
     out = Path(given.pop("out", "runs"))
     control = given.pop("control", False)
-    axes = {}
-    for name, option in AXES.items():
-        default = ["fedavg", "fedgs"] if name == "method" else [getattr(Config, name)]
-        values = given.pop(option, default)
-        axes[name] = list(dict.fromkeys(values))  # each once
+    unscaled = given.pop("unscaled", False)
+    axes = choose_axes(given, control or unscaled)
     if control and "fedgs" not in axes["method"]:
         raise UserError(
             "--control needs a FedGS run to take its mean eta from: add it to --methods"
         )
 
-    planned = plan(given, axes, out)
+    planned = plan(given, axes, unscaled, out)
     finished, failures = run_all(planned, control, out)
 
     if finished:
