@@ -301,5 +301,5 @@ def explain_marks(figure: "Figure") -> None:
         loc="outside lower center",
         ncols=3,
         frameon=False,
-        title="numbers of images stand at the bottom of each panel",
+        title="1/a: pixels of an image / of its lesions; below, the number of images",
     )

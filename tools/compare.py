@@ -2,6 +2,7 @@
 
     python -m tools.compare runs/*                           # tables
     python -m tools.compare runs/* --plot comparison.png     # tables and a picture
+    python -m tools.compare runs/* --batch-norm local        # with each centre's own statistics
 
 Runs on the same data with the same network are one section. In it, runs that differ in fold and
 seed alone are one group, and every two groups are compared. The statistics are in
@@ -257,7 +258,7 @@ def paired_difference(
     of_pairs = sums.sum(axis=0) / counts.sum(axis=0)
     mean, std = mean_and_std(of_pairs)
 
-    # Of few pairs the spread may be small by chance. Seeds that nobody has tried make us no surer.
+    # Of few pairs the spread may be small by chance, but other seeds never make us surer.
     over_images = interval(sums, counts)
     with_seeds = interval_with_seeds(sums, counts)
     low = float(np.minimum(with_seeds.low, over_images.low))
