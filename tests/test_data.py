@@ -442,8 +442,8 @@ def mask_of_another_shape(root):
     Image.new("L", (40, 40)).save(root / "data_C1" / "masks_C1" / "frame2_mask.jpg")
 
 
-def mask_too_narrow(root):
-    Image.new("L", (20, 30)).save(root / "data_C1" / "masks_C1" / "frame2_mask.jpg")
+def mask_too_wide(root):
+    Image.new("L", (60, 30)).save(root / "data_C1" / "masks_C1" / "frame2_mask.jpg")
 
 
 def sixteen_bits(root):
@@ -485,7 +485,7 @@ def image_too_large(root):
         (truncated, r"cannot read .*frame2\.jpg"),
         (not_an_image, r"cannot read .*frame2_mask\.jpg"),
         (mask_of_another_shape, r"frame2_mask\.jpg is 40x40, its image 40x30"),
-        (mask_too_narrow, r"frame2_mask\.jpg is 20x30, its image 40x30"),
+        (mask_too_wide, r"frame2_mask\.jpg is 60x30, its image 40x30"),
         (sixteen_bits, r"frame2\.jpg has pixels of type I;16.*8 bits"),
         (centre_without_images, r"centre C1 has no data.*--centres"),
         (damaged_flags, r"my_dataDetails_C1\.csv.*frame0\.jpg.*maybe"),

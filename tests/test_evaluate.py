@@ -231,7 +231,6 @@ def ct_root(tmp_path):
     return root
 
 
-@pytest.mark.slow
 def test_boundaries_in_mm_of_ct(ct_root, tmp_path, capsys):
     """Each volume has its own pixels, which resizing has made larger or smaller."""
     lits = {"dataset": "lits", "split": "centre", "out_centre": "C5"}
