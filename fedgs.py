@@ -787,7 +787,7 @@ def run(config: Config, why: str = "as given") -> dict:
         # from where an earlier process of this run left it.
         weights = client_weights(config, federation.facts)
         server = Server(clients.flat.state(), weights, config, clients.kernels)
-        history = folder.load_progress(server)
+        history = folder.load_progress(server, clients)
 
         # From here on the folder is this run's.
         folder.claim(record)
@@ -832,7 +832,7 @@ def train(
             row = runs.round_row(round_, logs, validation, seconds, federation.source)
             history.append(row)
 
-            # The round is over when its files are there, resume.pt last of all.
+            # The round is over with resume.pt, from which its other files follow.
             clients.flat.load(server.state)
             about = runs.describe_weights(config, federation.source, round_, __version__)
             weights = checkpoints.with_about(network, about)

@@ -1,7 +1,8 @@
 """A run's folder: what it leaves, exact resume, and what its first lines say.
 
-Files are written whole or not at all. resume.pt comes last in a round, results.json last of all:
-until they are there, the round or the run has not ended.
+Files are written whole or not at all. A round is over with resume.pt: the files that come after it
+say nothing that it does not, and are written again when the run goes on. The run is over with
+results.json, which vouches for the tables beside it.
 """
 
 import json
@@ -17,7 +18,15 @@ import torch
 import metrics
 from support import checkpoints, hardware, options, pictures
 from support.errors import UserError
-from support.files import is_temporary, to_csv, to_json, write_text
+from support.files import (
+    checksum,
+    from_checked_json,
+    is_temporary,
+    to_checked_json,
+    to_csv,
+    to_json,
+    write_text,
+)
 
 BEST = {  # checkpoint -> the validation measure in which its round is best
     "best": "dice",
@@ -43,6 +52,7 @@ class Folder:
         self.config = config
         self.path = Path(config.out) if config.out else Path("runs") / run_name(config)
         self.best = {}  # {checkpoint: {"round", "score"}}
+        self.checksums = {}  # {table: its checksum}, as they were written
 
     # ------------------------------------------------------------------------- before a run begins
 
@@ -51,57 +61,88 @@ class Folder:
 
         record: {"config": …}, and once the data are known also {"data": …}.
         """
-        earlier = self.path / "config.json"
-        if not (self.config.resume and earlier.exists()):
-            hint = "continue its run with --resume, or " if earlier.exists() else ""
+        path = self.path / "config.json"
+        if not (self.config.resume and path.exists()):
+            hint = "continue its run with --resume, or " if path.exists() else ""
             check_empty(self.path, hint)
             return
 
-        check_same(earlier, record, self.config)
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error!r}): choose another --out") from error
+        check_same(path, earlier, record, self.config)
+
         resume = self.path / "resume.pt"
         if not resume.exists() and (self.path / "results.json").exists():
             raise UserError(f"{resume} is missing, so its run cannot go on: choose another --out")
 
     def claim(self, record: dict) -> None:
-        """Write config.json: from here on the folder is this run's."""
-        write_text(self.path / "config.json", to_json(record))
+        """Write config.json: from here on the folder is this run's, which is not over."""
+        (self.path / "results.json").unlink(missing_ok=True)
+        self._write_table("config.json", to_json(record))
 
-    def load_progress(self, server: Any) -> list[dict]:
-        """Take up a run where resume.pt left it. -> its rounds so far: none for a new run"""
+    def load_progress(self, server: Any, clients: Any) -> list[dict]:
+        """Take up a run where resume.pt left it. -> its rounds so far: none for a new run
+
+        Raises UserError where that is not possible; nothing is then written.
+        """
         path = self.path / "resume.pt"
         if not (self.config.resume and path.exists()):
             return []
 
         saved = checkpoints.read(path)
-        device = server.velocity.device
         try:
-            state = type(server.state)._make(x.to(device) for x in saved["state"])
-            velocity = saved["velocity"].to(device)
+            weights = saved["weights"]
+            velocity = saved["velocity"].to(server.velocity.device)
             history = list(saved["history"])
-            best = {name: dict(saved["best"][name]) for name in BEST}
             rounds = [row["round"] for row in history]
+            best = {name: dict(saved["best"][name]) for name in BEST}
+            round_of = {name: best[name]["round"] for name in BEST}
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is not the state of a run ({error!r})") from error
-
-        shapes = [x.shape for x in (*state, velocity)]
-        fits = shapes == [x.shape for x in (*server.state, server.velocity)]
-        complete = rounds == list(range(1, len(history) + 1))
-        if not (fits and complete):
             raise UserError(
-                f"{path} is of another network than {self.config.model} of width "
-                f"{self.config.width}, or of no whole run"
-            )
+                f"{path} is not the state of a run, or of another version ({error!r})"
+            ) from error
+
+        # Each file has to be of this run. Those of the last round are written again, below.
+        source = clients.federation.source
+        about = checkpoints.check_weights(weights, path)
+        self._check_origin(path, about, len(history), source)
+        for name, round_ in round_of.items():
+            if round_ != len(history):
+                best_path = self.path / f"{name}.pt"
+                _, about = checkpoints.read_weights(best_path)
+                self._check_origin(best_path, about, round_, source)
+
+        complete = rounds == list(range(1, len(history) + 1))
+        if not complete or velocity.shape != server.velocity.shape:
+            raise UserError(f"{path} is of no whole run: choose another --out")
         if len(history) > self.config.rounds:
             raise UserError(
                 f"--rounds {self.config.rounds}: the run in {self.path} has {len(history)} "
                 "rounds already"
             )
 
-        server.state = state
+        checkpoints.load(clients.flat.network, weights, path)
+        server.state = clients.flat.state()
         server.velocity = velocity
         server.round = len(history)
         self.best = best
+
+        # The run may have been killed between resume.pt and these.
+        self._write_round(weights, history)
         return history
+
+    def _check_origin(self, path: Path, about: dict, round_: int, source: str) -> None:
+        """Raise UserError where a checkpoint is another run's or round's. about: what it says."""
+        earlier = {"config": about.get("config"), "data": {"source": about.get("data")}}
+        record = {"config": asdict(self.config), "data": {"source": source}}
+        check_same(path, earlier, record, self.config)
+        if about.get("round") != round_:
+            raise UserError(
+                f"{path} is of round {about.get('round')}, where that of round {round_} belongs: "
+                "put it back, or choose another --out"
+            )
 
     # ------------------------------------------------------------------------- while it goes on
 
@@ -118,21 +159,32 @@ class Folder:
             # Of equal rounds the earlier one stays.
             if name not in self.best or score > self.best[name]["score"]:
                 self.best[name] = {"round": len(history), "score": score}
-                checkpoints.save(self.path / f"{name}.pt", weights)
 
-        checkpoints.save(self.path / "last.pt", weights)
-        write_text(self.path / "rounds.csv", to_csv(history))
+        # First of all, since a round that did not get so far is trained again, and may then end
+        # otherwise: its weights must not be in the place of the best ones.
         progress = {
-            "state": tuple(server.state),
+            "weights": weights,
             "velocity": server.velocity,
             "history": list(history),
             "best": self.best,
         }
         checkpoints.save(self.path / "resume.pt", progress)
+        self._write_round(weights, history)
+
+    def _write_round(self, weights: dict, history: Sequence[dict]) -> None:
+        """The files of the last round that can be told from resume.pt."""
+        for name, best in self.best.items():
+            if best["round"] == len(history):
+                checkpoints.save(self.path / f"{name}.pt", weights)
+        checkpoints.save(self.path / "last.pt", weights)
+        self._write_table("rounds.csv", to_csv(history))
+
+    def _write_table(self, name: str, text: str) -> None:
+        self.checksums[name] = write_text(self.path / name, text)
 
     def save_results(self, results: dict, scores: list[dict], figures: Mapping[str, Any]) -> None:
         """Write the tables and pictures of the final test."""
-        save_results(self.path, results, scores, figures)
+        save_results(self.path, results, scores, figures, self.checksums)
         print(
             f"\nin {self.path}: tables (.csv), results.json, {', '.join(figures)}, networks (.pt)"
         )
@@ -147,39 +199,43 @@ def check_empty(folder: Path, hint: str = "") -> None:
             raise UserError(f"{folder} is not empty: {hint}choose another --out")
 
 
-def check_same(path: Path, record: dict, config: Any) -> dict:
-    """Raise UserError where a JSON file tells of another run, or is damaged. -> its content
+def check_same(path: Path, earlier: Any, record: dict, config: Any) -> None:
+    """Raise UserError where what a file says of its run, `earlier`, is not as in this record.
 
     Options that may change when a run goes on are no part of which run it is.
     """
     free = options.flagged(config, "free")
     changed = []
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        # A tuple is a list, as in a file.
+        earlier = json.loads(to_json(earlier))
         now = json.loads(to_json(record))
         for section in ("config", "data"):
             for name, value in now.get(section, {}).items():
                 old = earlier[section].get(name)
                 if name not in free and old != value:
                     changed.append(f"{name} {options.shown(old)}, now {options.shown(value)}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error!r}): choose another --out") from error
 
     if changed:
         raise UserError(
-            f"{path.parent} holds another run ({', '.join(changed)}): give its options, or choose "
-            "another --out"
+            f"{path} is of another run ({', '.join(changed)}): give that run's options, put the "
+            "right file back, or choose another --out"
         )
-    return earlier
 
 
 def is_complete(folder: Folder) -> bool:
-    """Whether all results of this run are in its folder. Raises UserError for another run's."""
+    """Whether all results of this run are in its folder.
+
+    Raises UserError for another run's, and for changed files.
+    """
     path = folder.path / "results.json"
     if not (path.exists() and (folder.path / "scores.csv").exists()):
         return False
-    earlier = check_same(path, {"config": asdict(folder.config)}, folder.config)
-    return earlier["config"].get("rounds") == folder.config.rounds
+    results = read_results(folder.path)
+    check_same(path, results, {"config": asdict(folder.config)}, folder.config)
+    return results["config"].get("rounds") == folder.config.rounds
 
 
 # ---------------------------------------------------------------------------- rounds and results
@@ -254,14 +310,44 @@ def describe_results(config: Any, federation: Any, tested: Mapping[str, dict]) -
 
 
 def save_results(
-    folder: Path, results: dict, scores: list[dict], figures: Mapping[str, Any]
+    folder: Path,
+    results: dict,
+    scores: list[dict],
+    figures: Mapping[str, Any],
+    checksums: Mapping[str, str] | None = None,
 ) -> None:
-    """Write what a test leaves. results.json says that all is there: it goes first, comes last."""
-    (folder / "results.json").unlink(missing_ok=True)
-    write_text(folder / "scores.csv", to_csv(scores))
+    """Write what a test leaves. results.json says that all is there, and unchanged: it comes last.
+
+    checksums: of the tables that were written before.
+    """
+    of_scores = write_text(folder / "scores.csv", to_csv(scores))
+    checksums = {**(checksums or {}), "scores.csv": of_scores}
     for name, figure in figures.items():
         pictures.save_figure(folder / name, figure)
-    write_text(folder / "results.json", to_json(results))
+    text = to_checked_json(results, dict(sorted(checksums.items())))
+    write_text(folder / "results.json", text)
+
+
+def read_results(folder: Path) -> dict:
+    """results.json. Raises UserError where it, or a table that it vouches for, has changed."""
+    path = folder / "results.json"
+    results = from_checked_json(path.read_bytes())
+    if results is None:
+        raise was_changed(path)
+
+    for name, expected in results.get("checksums", {}).items():
+        table = folder / name
+        if table.exists() and checksum(table.read_bytes()) != expected:
+            raise was_changed(table)
+    return results
+
+
+def was_changed(path: Path) -> UserError:
+    """The error to raise for a file that is not what a run wrote."""
+    return UserError(
+        f"{path} is not what was written there, but damaged or edited: put it back, or delete "
+        "results.json and run with --resume; to keep an edit, delete the checksums in results.json"
+    )
 
 
 def count_rounds(history: Sequence[dict]) -> dict[str, float]:

@@ -10,7 +10,7 @@ import fedgs
 from models import SDUTNet, UTNet
 from support import checkpoints, runs
 from support.errors import UserError
-from tools import predict
+from tools import evaluate, predict
 from tools.common import describe_origin, open_checkpoint
 
 TINY = {"image_size": 32, "width": 2, "centres": ("C4", "C6")}
@@ -96,6 +96,18 @@ def test_the_arithmetic_is_that_of_a_run(checkpoint, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------- damaged ones
+
+
+@pytest.mark.parametrize("main", [predict.main, evaluate.main])
+def test_a_flipped_bit_is_noticed(checkpoint, tmp_path, capsys, main):
+    content = bytearray(checkpoint.read_bytes())
+    content[len(content) // 2] ^= 4
+    checkpoint.write_bytes(content)
+    options = {
+        predict.main: ["--checkpoint", checkpoint, "--out", tmp_path / "masks", tmp_path],
+        evaluate.main: [checkpoint],
+    }
+    refused(capsys, exit_code(main, options[main]), f"{checkpoint} is damaged", "checksum")
 
 
 @pytest.mark.parametrize(

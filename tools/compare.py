@@ -9,7 +9,6 @@ seed alone are one group, and every two groups are compared. The statistics are 
 """
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from support.errors import UserError, readable_errors
 from support.files import read_csv
 from support.options import flagged, new_parser
 from support.pictures import draw_comparison, save_figure
+from support.runs import read_results
 from support.tables import aligned, markdown
 
 if TYPE_CHECKING:
@@ -336,13 +336,13 @@ def read_run(folder: Path, checkpoint: str = "") -> Run:
                 "leave it out"
             )
 
+    results = read_results(folder)
     rows = read_csv(folder / "scores.csv", SCORE_COLUMNS)
     try:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         runs = {name: as_run(folder, results, rows, name) for name in results["checkpoints"]}
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
-            f"{folder}: results.json or scores.csv is damaged, or of another version ({error!r})"
+            f"{folder}: results.json or scores.csv is of another version ({error!r})"
         ) from error
 
     if not checkpoint:
