@@ -505,7 +505,7 @@ class Line(processes.Channel):
 
 def test_rounds_by_messages_are_those_of_one_process(tiny, monkeypatch):
     """Training, validation and tests of clients that another thread serves, bit for bit."""
-    small = {"image_size": 16, "batch_size": 8, "local_epochs": 1}
+    small = {"image_size": 16, "batch_size": 8, "local_epochs": 1, "lr": 0.03}
     config = replace(tiny, centres=("C3", "C4", "C5", "C6"), rounds=2, **small)
     one_by_one = threading.Lock()  # initial weights are drawn from torch's global generator
 
