@@ -101,6 +101,8 @@ def read(path: Path) -> object:
         zlib.error,
     ) as error:
         reason = str(error).partition("\n")[0] or "it is empty"
+        if isinstance(error, LookupError):  # whose message is a byte, or a name
+            reason = "PyTorch makes no sense of it"
         raise UserError(f"{path} is damaged, or no checkpoint: {reason}") from error
 
 
