@@ -267,7 +267,7 @@ def test_damaged_files(tmp_path, damage):
         (tmp_path / name).write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["resume.pt", "best.pt"])
+@pytest.mark.parametrize("name", ["resume.pt", "best.pt", "best_small.pt"])
 def test_every_flipped_bit_is_noticed_before_a_run_goes_on(tmp_path, name):
     Rounds(tmp_path).save(validation(0.9, 0.9), validation(0.8, 0.8))
     content = (tmp_path / name).read_bytes()
@@ -309,7 +309,7 @@ def test_flipped_bits_of_config_json_are_noticed_or_written_over(tmp_path):
         ({"source": "elsewhere"}, "source elsewhere, now here"),
     ],
 )
-@pytest.mark.parametrize("name", ["resume.pt", "best.pt"])
+@pytest.mark.parametrize("name", ["resume.pt", "best.pt", "best_small.pt"])
 def test_files_of_another_run_of_equal_shapes(tmp_path, options, words, name):
     measures = [validation(0.9, 0.9), validation(0.8, 0.8)]
     Rounds(tmp_path / "mine").save(*measures)
