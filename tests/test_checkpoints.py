@@ -123,6 +123,18 @@ def test_a_checksum_that_is_cut_off(small, length):
             checkpoints.read(small)
 
 
+def test_a_flipped_bit_anywhere_in_a_large_file(tmp_path):
+    path = tmp_path / "large.pt"
+    checkpoints.save(path, {"w": torch.zeros(1_000_000)})
+    whole = path.read_bytes()
+    for share in (0.3, 0.6, 0.97):
+        content = bytearray(whole)
+        content[int(share * len(whole))] ^= 4
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"large.pt is damaged"):
+            checkpoints.read(path)
+
+
 def test_flipped_bits_of_a_checkpoint_from_elsewhere(small):
     """Its archive has checksums of what it holds, though torch does not look at them."""
     state = torch.load(small, weights_only=True)
