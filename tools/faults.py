@@ -7,24 +7,25 @@ type annotations have no faults here.
 
 import ast
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterator
 from operator import attrgetter
 from typing import NamedTuple
 
-SWAPPED = {  # operator -> how it is written, what is written instead
-    **{ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">")},
-    **{ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="), ast.Is: ("is", "is not")},
-    **{ast.IsNot: ("is not", "is"), ast.In: ("in", "not in"), ast.NotIn: ("not in", "in")},
-    **{ast.And: ("and", "or"), ast.Or: ("or", "and"), ast.Add: ("+", "-"), ast.Sub: ("-", "+")},
-    **{ast.Mult: ("*", "/"), ast.Div: ("/", "*"), ast.FloorDiv: ("//", "/"), ast.Pow: ("**", "*")},
+SWAPPED = {  # operator -> what is written instead
     **{
-        ast.Mod: ("%", "//"),
-        ast.BitAnd: ("&", "|"),
-        ast.BitOr: ("|", "&"),
-        ast.RShift: (">>", "<<"),
+        "<": "<=",
+        "<=": "<",
+        ">": ">=",
+        ">=": ">",
+        "==": "!=",
+        "!=": "==",
+        "and": "or",
+        "or": "and",
     },
-    **{ast.Not: ("not ", ""), ast.Invert: ("~", ""), ast.USub: ("-", "")},
+    **{"is": "is not", "is not": "is", "in": "not in", "not in": "in", "+": "-", "-": "+"},
+    **{"*": "/", "/": "*", "//": "/", "%": "//", "**": "*", "&": "|", "|": "&", ">>": "<<"},
 }
 SWAPPED_CALLS = {"min": "max", "max": "min", "any": "all", "all": "any"}
 UNWRAPPED_CALLS = {"sorted", "reversed", "list", "tuple", "set", "int", "float", "abs", "round"}
@@ -113,11 +114,13 @@ class Source:
     def replaced(self, node: ast.AST, text: str) -> Edit:
         return Edit(self.start(node), self.end(node), text)
 
-    def swapped(self, start: int, end: int, operator: ast.AST) -> Iterator[Edit]:
-        """Another operator in its place between two operands, if there is one."""
-        if type(operator) in SWAPPED:
-            old, new = SWAPPED[type(operator)]
-            yield Edit(start, end, self.text(start, end).replace(old, new, 1))
+    def swapped(self, left: ast.AST, right: ast.AST) -> Iterator[Edit]:
+        """Another operator between two operands, if there is one that might be taken for it."""
+        start, end = self.end(left), self.start(right)
+        between = self.text(start, end)
+        operator = " ".join(re.sub("[()]", " ", between).split())
+        if operator in SWAPPED:
+            yield Edit(start, end, between.replace(operator, SWAPPED[operator], 1))
 
     def edits(
         self, node: ast.AST, function: str, statement: range
@@ -148,6 +151,7 @@ class Source:
     def faults(self, node: ast.AST) -> Iterator[Edit]:
         """What might be wrong with this node, those below it apart."""
         match node:
+            # Values that are off by one, or by a factor.
             case ast.Constant(value=bool(value)):
                 yield self.replaced(node, str(not value))
             case ast.Constant(value=int(value)):
@@ -155,24 +159,29 @@ class Source:
                 yield self.replaced(node, str(value - 1))
             case ast.Constant(value=float(value)):
                 yield self.replaced(node, str(2 * value or 1.0))
-            case ast.Compare(left=left, ops=[operator], comparators=[right]):
-                yield from self.swapped(self.end(left), self.start(right), operator)
-            case ast.BinOp(left=left, op=operator, right=right):
-                yield from self.swapped(self.end(left), self.start(right), operator)
-            case ast.UnaryOp(op=operator, operand=operand):
-                yield from self.swapped(self.start(node), self.start(operand), operator)
+
+            # Another operator, or none.
+            case ast.Compare(left=left, comparators=[right]) | ast.BinOp(left=left, right=right):
+                yield from self.swapped(left, right)
+            case ast.UnaryOp(operand=operand):
+                start, end = self.start(node), self.start(operand)
+                yield Edit(start, end, re.sub(r"^(not|[~+-])\s*", "", self.text(start, end)))
             case ast.BoolOp(op=operator, values=values):
                 neutral = "True" if isinstance(operator, ast.And) else "False"
                 for left, right in itertools.pairwise(values):
-                    yield from self.swapped(self.end(left), self.start(right), operator)
+                    yield from self.swapped(left, right)
                 for value in values:
                     yield self.replaced(value, neutral)
+
+            # Conditions that do not matter.
             case ast.If(test=test) | ast.IfExp(test=test):
                 yield self.replaced(test, "True")
                 yield self.replaced(test, "False")
             case ast.comprehension(ifs=conditions):
                 for condition in conditions:
                     yield self.replaced(condition, "True")
+
+            # Bounds and items that were forgotten.
             case ast.Slice(lower=lower, upper=upper):
                 for bound in (lower, upper):
                     if bound is not None:
@@ -188,6 +197,7 @@ class Source:
             case ast.ExceptHandler(type=ast.Tuple(elts=kinds)):
                 for kind in kinds:
                     yield self.replaced(kind, "*()")
+
             case ast.Call():
                 yield from self.faults_of_call(node)
             case ast.stmt():
@@ -222,22 +232,25 @@ class Source:
     def faults_of_statement(self, node: ast.stmt) -> Iterator[Edit]:
         """A statement that was forgotten, or leaves a loop or a function in another way."""
         match node:
-            case ast.Expr(value=ast.Call(func=ast.Attribute(value=owner))):
-                if self.is_imported(owner):  # else it is a fault of the call already: x.f() -> x
-                    yield self.replaced(node, "pass")
-            case (
-                ast.Expr(value=ast.Call()) | ast.AugAssign() | ast.Raise() | ast.Return(value=None)
-            ):
+            # A method's call is left out by x.f() -> x already, see faults_of_call.
+            case ast.Expr(value=ast.Call(func=ast.Attribute(value=x))) if not self.is_imported(x):
+                pass
+            case ast.Expr(value=ast.Call()) | ast.Raise() | ast.Return(value=None):
                 yield self.replaced(node, "pass")
-            case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
+
+            # What changes something that was there before.
+            case ast.AugAssign() | ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
                 yield self.replaced(node, "pass")
             case ast.Assign(targets=[ast.Name(id=name)], value=value) if name in names_in(value):
                 yield self.replaced(node, "pass")
+
+            # Ways out.
             case ast.Return(value=value) if not isinstance(value, ast.Constant):
                 yield self.replaced(node, "return None")
             case ast.Continue() | ast.Break():
                 yield self.replaced(node, "pass")
                 yield self.replaced(node, "break" if isinstance(node, ast.Continue) else "continue")
+
             case ast.FunctionDef(decorator_list=decorators):
                 for decorator in decorators:
                     yield self.replaced(decorator, "(lambda f: f)")

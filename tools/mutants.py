@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -54,7 +54,7 @@ EQUIVALENT = "tests/equivalent_mutants.toml"
 # Tests run in forks of this process, which has these already: that saves five seconds a mutant.
 SLOW_IMPORTS = ("torch", "scipy.stats", "matplotlib.pyplot", "nibabel", "PIL.Image", "hypothesis")
 
-# A test that takes this much longer than it should does not end. Its fixtures may be new to it.
+# A test that takes this much longer than it did has no end.
 MORE_SECONDS = 30
 TIMES_LONGER = 5
 
@@ -148,38 +148,41 @@ class Recorder:
         os.environ["COVERAGE_PROCESS_START"] = str(Path("build/coveragerc").resolve())
         self.coverage = coverage.Coverage(config_file="build/coveragerc")
         self.coverage.start()
-        self.seconds = Counter()
-        self.failed = set()
+        self.seconds = Counter()  # of tests, and of fixtures that several tests share
         self.users = defaultdict(list)  # fixture -> tests that use it
+        self.failed = set()
+        self.start = time.perf_counter()
 
-    @contextlib.contextmanager
-    def during(self, context: str) -> Iterator[None]:
-        """What runs in this block runs for a test, or for a fixture that several tests share."""
+    def enter(self, context: str) -> str:
+        """What runs from here on runs for this test or fixture. -> for which it ran until now"""
         outer = os.environ.get(TEST, "")
+        now = time.perf_counter()
+        self.seconds[outer] += now - self.start
+        self.start = now
         os.environ[TEST] = context
         self.coverage.switch_context(context)
-        try:
-            yield
-        finally:
-            os.environ[TEST] = outer
-            self.coverage.switch_context(outer)
+        return outer
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
         for name in item.fixturenames:
             self.users[f"fixture {name}"].append(item.nodeid)
-        with self.during(item.nodeid):
-            return (yield)
+        self.enter(item.nodeid)
+        result = yield
+        self.enter("")
+        return result
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef) -> Any:
         if fixturedef.scope == "function":
             return (yield)
-        with self.during(f"fixture {fixturedef.argname}"):
+        outer = self.enter(f"fixture {fixturedef.argname}")
+        try:
             return (yield)
+        finally:
+            self.enter(outer)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.seconds[report.nodeid] += report.duration
         if report.failed:
             self.failed.add(report.nodeid)
 
@@ -193,6 +196,11 @@ class Recorder:
         for file in FILES:
             of_file = found.contexts_by_lineno(str(Path(file).resolve()))
             lines[file] = {line: self.tests(contexts) for line, contexts in of_file.items()}
+
+        # Run alone, a test has to wait for its fixtures.
+        for fixture, tests in self.users.items():
+            for test in tests:
+                self.seconds[test] += self.seconds[fixture]
         record = {"seconds": self.seconds, "lines": lines, "failed": sorted(self.failed)}
         write_text(Path("build/tests.json"), json.dumps(record))
 
@@ -214,7 +222,9 @@ def measure(copy: Copy, kept: Path) -> dict:
     path = kept / "tests.json"
     record = json.loads(path.read_text()) if path.exists() else {"code": None}
     if record["code"] != code:
-        print("running all tests, to see which of them run which line: this takes a while")
+        print(
+            "running all tests, to see which of them run which line: this takes a while", flush=True
+        )
         copy.run(Recorder)
         record = json.loads((copy.folder / "build" / "tests.json").read_text())
         record["code"] = code
@@ -255,7 +265,7 @@ class Chosen:
 def tests_of(mutant: Mutant, record: dict, budget: float) -> list[dict[str, float]]:
     """The tests that might notice a mutant, {name: seconds}: those of its own module, the others.
 
-    They are the fastest ones, in each group as many as the budget of seconds allows.
+    They are the fastest of each, and as many as fill the budget of seconds.
     """
     lines = record["lines"][mutant.file]
     found = set()
@@ -269,13 +279,21 @@ def tests_of(mutant: Mutant, record: dict, budget: float) -> list[dict[str, floa
 
     # Most faults are noticed where they should be.
     own_file = f"tests/test_{Path(mutant.file).stem}.py"
-    groups = {True: {}, False: {}}
+    own, others = {}, {}
     for test in sorted(found, key=record["seconds"].get):
-        group = groups[test.startswith(own_file)]
-        seconds = record["seconds"][test]
-        if not group or sum(group.values()) + seconds <= budget:
-            group[test] = seconds
-    return [group for group in groups.values() if group]
+        group = own if test.startswith(own_file) else others
+        group[test] = record["seconds"][test]
+
+    groups = []
+    for group in (own, others):
+        chosen = {}
+        for test, seconds in group.items():
+            if budget > 0:
+                chosen[test] = seconds
+                budget -= seconds
+        if chosen:
+            groups.append(chosen)
+    return groups
 
 
 def try_one(mutant: Mutant, copy: Copy, record: dict, budget: float) -> tuple[bool, str]:
