@@ -1120,28 +1120,6 @@ def same_end(folder, finished):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("writes", [0, 1, 3, 4, 5, 7, 9])
-def test_stopped_before_any_write_and_resumed(run, finished, tmp_path, monkeypatch, writes):
-    """Stopped short of its next file, at moments through the run, it ends as one that was not."""
-    whole = os.replace
-    count = 0
-
-    def failing(source, target):
-        nonlocal count
-        if str(tmp_path) in str(target):
-            if count == writes:
-                raise KeyboardInterrupt
-            count += 1
-        whole(source, target)
-
-    monkeypatch.setattr(os, "replace", failing)
-    assert run(tmp_path) == 130
-    monkeypatch.setattr(os, "replace", whole)
-    assert run(tmp_path, "--resume") == 0
-    same_end(tmp_path, finished)
-
-
-@pytest.mark.slow
 def test_killed_and_resumed(run, finished, cache, tmp_path):
     """kill -9 at three random moments, from start-up on, then to the end."""
     options = [*TINY, "--cache", str(cache), "--out", str(tmp_path), "--resume"]
