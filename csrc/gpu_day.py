@@ -6,7 +6,7 @@
 A GPU is often lent for minutes. Each call does as many steps as fit, in the order of STEPS, and the
 experiment takes what time is left. Two files in --out say everything: gpu_day.md to be read, and
 gpu_day.json, with which another machine can go on, finished runs included. A step that fails is
-reported by its command and last lines, and the others go on; --again NAME does it once more.
+reported by its command and last lines, and the others go on; --again STEP does it once more.
 
 The experiment is that of docs/results.md with a wider network, longer, and on all folds: FedAvg,
 FedGS and the control, on real frames, all three of a fold before the next.
@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -254,8 +254,9 @@ def passed(printed: str) -> str:
 
 def sanitizer(tool: str, day: Day) -> Found:
     """The kernels' tests under one of CUDA's sanitizers."""
-    places = [os.environ.get("PATH", ""), os.environ.get("CUDA_HOME", ""), "/usr/local/cuda/bin"]
-    program = shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+    cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    places = os.pathsep.join([os.environ.get("PATH", ""), f"{cuda}/bin"])
+    program = shutil.which("compute-sanitizer", path=places)
     if program is None:
         raise Missing("compute-sanitizer is missing; it is part of the CUDA toolkit")
 
@@ -420,12 +421,17 @@ NOT_BEGUN = {
 # ---------------------------------------------------------------------------------------- the loop
 
 
-def work(day: Day) -> None:
-    """The steps that are left and fit. Each is in the report as soon as it has ended."""
+def work(day: Day, only: Sequence[str] = ()) -> None:
+    """The steps that are left and fit. Each is in the report as soon as it has ended.
+
+    only: names of steps; none: all.
+    """
     begun = 0
     for step in STEPS:
+        if only and step.name not in only and not step.every_call:
+            continue
         known = day.steps.get(step.name, NOT_BEGUN)
-        if known["state"] not in ("not begun", "unfinished") and not step.every_call:
+        if known["state"] in ("done", "failed") and not step.every_call:
             continue
 
         # A guess may be wrong: the first step of a call may take all of it.
@@ -492,7 +498,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=9, help="how long this call may take")
     parser.add_argument("--data-root", default="", help="PolypGen's frames, for the experiment")
     parser.add_argument("--at-once", type=int, default=1, help="folds that are trained together")
-    parser.add_argument("--again", nargs="+", choices=names, default=(), metavar="STEP")
+    for option, what in (("--only", "nothing but these steps"), ("--again", "these once more")):
+        parser.add_argument(option, nargs="+", choices=names, default=(), help=what)
     parser.add_argument("--dry", action="store_true", help="tiny sizes, to try the program out")
     options = parser.parse_args(arguments)
 
@@ -508,7 +515,7 @@ def main(arguments: list[str] | None = None) -> None:
         day = Day(out, options.minutes, data_root, options.dry, options.at_once)
         for name in options.again:
             day.steps.pop(name, None)
-        work(day)
+        work(day, options.only)
         print(f"\n{out / 'gpu_day.md'}")
 
 
