@@ -331,9 +331,16 @@ def test_what_a_client_sends(flat, generator):
 def test_fedavg_reports_the_difference_of_parameters(flat, generator):
     start = flat.state()
     config = replace(CONFIG, method="fedavg")
-    update = train_client(flat, start, square_images("C1", 4, generator), config, 1)
+    images = square_images("C1", 4, generator)
+    update = train_client(flat, start, images, config, 1)
     assert torch.equal(update.vector, start.parameters - flat.parameters)
     assert (update.log.eta, update.log.scaled) == (1, 0)
+
+    # FedGS takes the same steps, and reports something else.
+    trained = flat.parameters.clone()
+    other = train_client(flat, start, images, CONFIG, 1)
+    assert torch.equal(flat.parameters, trained)
+    assert not torch.equal(other.vector, update.vector)
 
 
 def test_a_client_depends_on_seed_round_and_centre_alone(flat, generator):

@@ -253,12 +253,19 @@ def test_rounds_of_captured_steps_are_rounds(graphs, method, generator):
 
 
 def test_only_on_a_gpu_steps_are_captured(square_root):
-    config = replace(CONFIG, data_root=str(square_root), centres=("C1", "C6"))
+    where = {"data_root": str(square_root), "centres": ("C1", "C6")}
+    config = replace(CONFIG, **where, image_size=16, width=2, local_epochs=1)
     federation = fedgs.load_data(config, config.centres)
     flat = FlatNetwork(build_network(config))
     for name in ("torch", "cpp", "cuda"):
         clients = fedgs.LocalClients(flat, federation, config, PYTORCH._replace(name=name))
         assert isinstance(clients.take_step, CapturedStep) == (name == "cuda")
+
+    # Whichever it is, clients train with it.
+    taken = []
+    clients.take_step = lambda *given: taken.append(given) or training_step(*given)
+    [update] = clients.train(flat.state(), 1)
+    assert len(taken) == update.log.steps > 0
 
 
 # ----------------------------------------------------------------------------------------- on a GPU
