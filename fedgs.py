@@ -147,7 +147,7 @@ def adamw_accumulate_(
     grad: Tensor,
     m: Tensor,
     v: Tensor,
-    step: int,
+    step: Tensor,
     lr: float,
     update: Tensor | None = None,
     eta: Tensor | None = None,
@@ -157,8 +157,8 @@ def adamw_accumulate_(
 ) -> None:
     """One AdamW step on flat vectors, in place; with update and eta also update += eta s.
 
-    theta, grad, m, v, update: (P,) float32; step counts from 1; eta: 0-dim, on the same device.
-    The decoupled weight decay is no part of s, so none of the update.
+    theta, grad, m, v, update: (P,) float32; step: 0-dim int64, which counts from 1, and eta: 0-dim,
+    on the same device. The decoupled weight decay is no part of s, so none of the update.
     """
     # The decay pulls theta towards zero whatever the images are: it is not what a client learned
     # from them, and stays out of its update.
@@ -169,8 +169,9 @@ def adamw_accumulate_(
     v.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
 
     # s = lr m_hat / (sqrt(v_hat) + eps); the hats undo that both means started at zero.
-    root = (v / (1 - betas[1] ** step)).sqrt_().add_(eps)
-    s = (m / root).mul_(lr / (1 - betas[0] ** step))
+    t = step.double()
+    root = (v / (1 - betas[1] ** t)).sqrt_().add_(eps)
+    s = (m / root).mul_(lr / (1 - betas[0] ** t))
 
     # theta_k <- theta_k - s
     theta.sub_(s)
@@ -239,11 +240,21 @@ class State(NamedTuple):
     counters: Tensor  # its numbers of batches, int64
 
 
+class Progress(NamedTuple):
+    """What a client's steps change beside the network."""
+
+    m: Tensor  # (P,), AdamW's running mean of the gradient
+    v: Tensor  # (P,), and of its square
+    step: Tensor  # 0-dim int64, how many steps there were
+    update: Tensor  # (P,), Delta_k
+
+
 class FlatNetwork:
     """A network whose tensors are views of three vectors, so that one operation reaches them all.
 
-    parameters, grad (P,) float32; buffers and counters as in State. Index tables (integer buffers
-    with a shape) are constants: they stay out, so that averaging cannot damage them.
+    parameters, grad (P,) float32; buffers and counters as in State; progress: of whichever client
+    is training. Index tables (integer buffers with a shape) are constants: they stay out, so that
+    averaging cannot damage them.
     """
 
     def __init__(self, network: nn.Module):
@@ -261,6 +272,14 @@ class FlatNetwork:
 
         self.buffers = self._join(is_statistic)
         self.counters = self._join(is_counter)
+
+        # Made once and not by every client: a CUDA graph needs its memory to stay where it is.
+        self.progress = Progress(
+            m=torch.zeros_like(self.parameters),
+            v=torch.zeros_like(self.parameters),
+            step=torch.zeros((), dtype=torch.int64, device=self.parameters.device),
+            update=torch.zeros_like(self.parameters),
+        )
 
     def _join(self, chosen: Callable[[Tensor], bool]) -> Tensor:
         """One vector of the chosen buffers, which become views of it."""
@@ -356,54 +375,68 @@ def train_client(
     config: Config,
     round_: int,
     kernels: Kernels = PYTORCH,
-    gradient: Callable | None = None,
+    take_step: Callable | None = None,
     on_step: Callable[[], object] | None = None,
 ) -> Update:
     """A client's part of a round: local epochs of AdamW from the server's state. -> Update
 
-    flat: the network to work in; images: the client's training images, on its device; gradient:
-    `batch_gradient`, or what does the same; on_step is called after every step. No number is read
+    flat: the network to work in; images: the client's training images, on its device; take_step:
+    `training_step`, or what does the same; on_step is called after every step. No number is read
     back from the device before the last step.
     """
-    gradient = gradient or batch_gradient
+    take_step = take_step or training_step
 
-    # theta_k <- theta; Delta_k <- 0
+    # theta_k <- theta
     generator = client_generator(config.seed, round_, images.centre)
     flat.load(state)
     flat.network.train()
-    update = torch.zeros_like(flat.parameters)
 
-    # A fresh optimiser in every round, as in the paper.
-    m = torch.zeros_like(flat.parameters)
-    v = torch.zeros_like(flat.parameters)
-    step = 0
+    # Delta_k <- 0, and a fresh optimiser in every round, as in the paper.
+    for x in flat.progress:
+        x.zero_()
+
+    steps = 0
     totals = 0.0
-
     for _ in range(config.local_epochs):
         for batch in epoch_batches(images, config, generator):
-            measured = gradient(flat, batch, config, kernels)
-            step += 1
-
-            # Both methods take the same step. FedGS also adds eta times the step to its update.
-            theta, grad = flat.parameters, flat.grad
-            if config.method == "fedgs":
-                eta = measured["eta"]
-                kernels.adamw_accumulate_(theta, grad, m, v, step, config.lr, update, eta)
-            else:
-                kernels.adamw_accumulate_(theta, grad, m, v, step, config.lr)
+            measured = take_step(flat, batch, config, kernels)
+            steps += 1
 
             # Sums stay on the device: reading one back would make every step wait for the GPU.
             totals = totals + torch.stack(list(measured.values()))
             if on_step is not None:
                 on_step()
 
-    # FedAvg reports how far the client has come. That includes the decay, and every step counts
-    # the same.
-    if config.method == "fedavg":
+    # FedAvg reports how far the client has come, theta - theta_k. That includes the decay, and
+    # every step counts the same.
+    if config.method == "fedgs":
+        update = flat.progress.update.clone()
+    else:
         update = state.parameters - flat.parameters
 
-    log = client_log(images, step, dict(zip(measured, (totals / step).tolist(), strict=True)))
+    log = client_log(images, steps, dict(zip(measured, (totals / steps).tolist(), strict=True)))
     return Update(images.centre, update, flat.buffers.clone(), flat.counters.clone(), log)
+
+
+def training_step(
+    flat: FlatNetwork, batch: Batch, config: Config, kernels: Kernels = PYTORCH
+) -> dict[str, Tensor]:
+    """A client's step for a batch, in the network and its progress. -> as of `batch_gradient`"""
+    measured = batch_gradient(flat, batch, config, kernels)
+
+    # The number of the step is on the device, too, so that a GPU counts for itself.
+    theta, grad = flat.parameters, flat.grad
+    m, v, step, update = flat.progress
+    step.add_(1)
+
+    # Both methods take the same step, theta_k <- theta_k - s.
+    # FedGS also adds eta times the step to its update, Delta_k <- Delta_k + eta s.
+    if config.method == "fedgs":
+        eta = measured["eta"]
+        kernels.adamw_accumulate_(theta, grad, m, v, step, config.lr, update, eta)
+    else:
+        kernels.adamw_accumulate_(theta, grad, m, v, step, config.lr)
+    return measured
 
 
 def client_log(images: data.Images, steps: int, means: dict[str, float]) -> ClientLog:
@@ -581,10 +614,10 @@ class LocalClients:
         # Training images lie on the device for the whole run: a step copies nothing from the host.
         self.train_images = [images.to(self.device) for images in federation.train.values()]
 
-        # On a GPU the work on a batch is captured once, and replayed as one launch.
-        self.gradient = batch_gradient
+        # On a GPU a step is captured once, and replayed as one launch.
+        self.take_step = training_step
         if kernels.name == "cuda":
-            self.gradient = hardware.CapturedGradient(batch_gradient)
+            self.take_step = hardware.CapturedStep(training_step)
 
     def train(self, state: State, round_: int) -> Iterator[Update]:
         """Every client's update, in client order."""
@@ -596,7 +629,7 @@ class LocalClients:
                 self.config,
                 round_,
                 self.kernels,
-                self.gradient,
+                self.take_step,
                 self.on_step,
             )
 

@@ -50,42 +50,18 @@ def mask_difficulty(masks: Tensor, small: Tensor, log_base: float) -> tuple[Tens
     log_base > 1. -> area (B,) int64, in pixels; difficulty (B,) float32; eta, 0-dim float32.
     Raises ValueError for other shapes and types, and for flags on another device.
     """
-    check_masks(masks, small)
-    if not log_base > 1:
-        raise ValueError(f"log_base must be above 1, not {log_base}")
-
-    masks = masks.contiguous()
-    small = small.to(torch.bool).contiguous()
-    images = len(masks)
-    pixels = masks.shape[-2] * masks.shape[-1]
-
-    device = masks.device
-    area = torch.empty(images, dtype=torch.int64, device=device)
-    difficulty = torch.empty(images, dtype=torch.float32, device=device)
-    eta = torch.empty((), dtype=torch.float32, device=device)
-    pixel = PIXELS[masks.dtype]
-    batch = _kernels.Masks(
-        masks=address(masks),
-        pixel=pixel,
-        small=address(small),
-        images=images,
-        pixels=pixels,
-        log_base=log_base,
-        area=address(area),
-        difficulty=address(difficulty),
-        eta=address(eta),
-    )
-
+    masks, small, batch, results = mask_arguments(masks, small, log_base)
     if on_cpu(masks, "masks"):
         _kernels.mask_difficulty_cpu(batch, torch.get_num_threads())
     else:
         # What the blocks of a launch need to tell each other.
-        count = _kernels.mask_partials(pixel, images, pixels)
-        partial = torch.empty(count, dtype=torch.int32, device=device)
-        counter = ticket(device)
+        pixels = masks.shape[-2] * masks.shape[-1]
+        count = _kernels.mask_partials(PIXELS[masks.dtype], len(masks), pixels)
+        partial = torch.empty(count, dtype=torch.int32, device=masks.device)
+        counter = ticket(masks.device)
         index, stream = place(masks)
         _kernels.mask_difficulty_cuda(batch, address(partial), address(counter), index, stream)
-    return area, difficulty, eta
+    return results
 
 
 def adamw_accumulate_(
@@ -93,7 +69,7 @@ def adamw_accumulate_(
     grad: Tensor,
     m: Tensor,
     v: Tensor,
-    step: int,
+    step: Tensor,
     lr: float,
     update: Tensor | None = None,
     eta: Tensor | None = None,
@@ -105,10 +81,144 @@ def adamw_accumulate_(
 
     One pass over memory: 5 reads and 4 writes a parameter.
 
-    theta, grad, m, v, update: (P,) float32 on one device; step counts from 1; eta: 0-dim float32 on
-    the same device. Raises ValueError for other shapes, types and devices, and for tensors that
-    overlap in memory.
+    theta, grad, m, v, update: (P,) float32 on one device; step: 0-dim int64, which counts from 1,
+    and eta: 0-dim float32, both on the same device. Raises ValueError for other shapes, types and
+    devices, and for tensors that overlap in memory.
     """
+    vectors, options = step_arguments(
+        theta, grad, m, v, step, lr, update, eta, betas, eps, weight_decay
+    )
+    if on_cpu(theta, "theta"):
+        _kernels.adamw_accumulate_cpu(vectors, options, torch.get_num_threads())
+    else:
+        index, stream = place(theta)
+        _kernels.adamw_accumulate_cuda(vectors, options, index, stream)
+
+
+def aggregate(
+    total: Tensor, updates: Sequence[Tensor], weights: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """total + sum_k w_k Delta_k, summed in client order.
+
+    One pass over memory: K + 1 reads and 1 write a parameter. On a GPU every further 32 clients
+    read and write the sum once more.
+
+    total (P,) float32; updates: K vectors like it; weights: K numbers. -> the sum (P,), the squared
+    norm of each update (K,) float64, whether each update is finite (K,) bool.
+    Raises ValueError for other shapes, types and devices, for no update, and for another number of
+    weights.
+    """
+    weighted_sum, result, norms = sum_arguments(total, updates, weights)
+    if on_cpu(total, "total"):
+        _kernels.aggregate_cpu(weighted_sum, torch.get_num_threads())
+    else:
+        partial = norms.new_empty(len(updates) * _kernels.AGGREGATE_BLOCKS)
+        index, stream = place(total)
+        _kernels.aggregate_cuda(weighted_sum, address(partial), index, stream)
+
+    # A sum of squares is finite exactly where all its terms are.
+    return result, norms, norms.isfinite()
+
+
+# ---------------------------------------------------------------------------------- to learn from
+
+# The same three by the kernels that one would write first, on a GPU only. kernels_cuda.cu says what
+# those above do differently, and csrc/benchmark.py times both.
+
+
+def naive_mask_difficulty(
+    masks: Tensor, small: Tensor, log_base: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """mask_difficulty, with a thread and an atomic addition a pixel, in three launches."""
+    masks, small, batch, results = mask_arguments(masks, small, log_base)
+    refuse_cpu(masks, "masks")
+    index, stream = place(masks)
+    _kernels.naive_mask_difficulty(batch, index, stream)
+    return results
+
+
+def naive_adamw_accumulate_(
+    theta: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: Tensor,
+    lr: float,
+    update: Tensor | None = None,
+    eta: Tensor | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> None:
+    """adamw_accumulate_, with a thread a parameter."""
+    vectors, options = step_arguments(
+        theta, grad, m, v, step, lr, update, eta, betas, eps, weight_decay
+    )
+    refuse_cpu(theta, "theta")
+    index, stream = place(theta)
+    _kernels.naive_adamw_accumulate(vectors, options, index, stream)
+
+
+def naive_aggregate(
+    total: Tensor, updates: Sequence[Tensor], weights: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """aggregate, with a launch a client. The norms' last bits vary: they are added in any order."""
+    weighted_sum, result, norms = sum_arguments(total, updates, weights)
+    refuse_cpu(total, "total")
+    index, stream = place(total)
+    _kernels.naive_aggregate(weighted_sum, index, stream)
+    return result, norms, norms.isfinite()
+
+
+# --------------------------------------------------------------------------------------- arguments
+
+
+def mask_arguments(
+    masks: Tensor, small: Tensor, log_base: float
+) -> tuple[Tensor, Tensor, _kernels.Masks, tuple[Tensor, Tensor, Tensor]]:
+    """Check mask_difficulty's arguments, and make its results.
+
+    -> masks and flags, as they lie in memory; these and the results as addresses; the results
+    """
+    check_masks(masks, small)
+    if not log_base > 1:
+        raise ValueError(f"log_base must be above 1, not {log_base}")
+
+    # Both may be copies, and have to live for as long as their addresses are used.
+    masks = masks.contiguous()
+    small = small.to(torch.bool).contiguous()
+
+    area = torch.empty(len(masks), dtype=torch.int64, device=masks.device)
+    difficulty = torch.empty(len(masks), dtype=torch.float32, device=masks.device)
+    eta = torch.empty((), dtype=torch.float32, device=masks.device)
+    batch = _kernels.Masks(
+        masks=address(masks),
+        pixel=PIXELS[masks.dtype],
+        small=address(small),
+        images=len(masks),
+        pixels=masks.shape[-2] * masks.shape[-1],
+        log_base=log_base,
+        area=address(area),
+        difficulty=address(difficulty),
+        eta=address(eta),
+    )
+    return masks, small, batch, (area, difficulty, eta)
+
+
+def step_arguments(
+    theta: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: Tensor,
+    lr: float,
+    update: Tensor | None,
+    eta: Tensor | None,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> tuple[_kernels.Step, _kernels.AdamWOptions]:
+    """Check adamw_accumulate_'s arguments. -> the tensors as addresses, the numbers"""
     tensors = {"theta": theta, "grad": grad, "m": m, "v": v}
     if update is not None:
         tensors["update"] = update
@@ -117,11 +227,15 @@ def adamw_accumulate_(
     if (update is None) != (eta is None):
         raise ValueError("update and eta go together")
     if eta is not None:
-        check_scale(eta, theta)
+        check_number("eta", eta, torch.float32, theta)
         tensors["eta"] = eta
+    check_number("step", step, torch.int64, theta)
+    tensors["step"] = step
     check_apart(tensors)
-    if step < 1:
-        raise ValueError(f"step must count from 1, not {step}")
+
+    # On a GPU this would make every step wait until the number is there.
+    if step.device.type == "cpu" and step < 1:
+        raise ValueError(f"step must count from 1, not {step.item()}")
 
     vectors = _kernels.Step(
         theta=address(theta),
@@ -130,36 +244,19 @@ def adamw_accumulate_(
         v=address(v),
         update=address(update),
         eta=address(eta),
+        t=address(step),
         n=theta.numel(),
     )
-    adam = _kernels.AdamW(
-        step=step,
-        lr=lr,
-        beta1=betas[0],
-        beta2=betas[1],
-        eps=eps,
-        weight_decay=weight_decay,
+    options = _kernels.AdamWOptions(
+        lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay
     )
-
-    if on_cpu(theta, "theta"):
-        _kernels.adamw_accumulate_cpu(vectors, adam, torch.get_num_threads())
-    else:
-        index, stream = place(theta)
-        _kernels.adamw_accumulate_cuda(vectors, adam, index, stream)
+    return vectors, options
 
 
-def aggregate(
+def sum_arguments(
     total: Tensor, updates: Sequence[Tensor], weights: Sequence[float]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """total + sum_k w_k Delta_k, summed in client order.
-
-    One pass over memory: K + 1 reads and 1 write a parameter.
-
-    total (P,) float32; updates: K vectors like it; weights: K numbers. -> the sum (P,), the squared
-    norm of each update (K,) float64, whether each update is finite (K,) bool.
-    Raises ValueError for other shapes, types and devices, for no update, and for another number of
-    weights.
-    """
+) -> tuple[_kernels.Sum, Tensor, Tensor]:
+    """Check aggregate's arguments, and make its results. -> all as addresses, the sum, the norms"""
     clients = len(updates)
     if clients == 0:
         raise ValueError("updates is empty: there is nothing to aggregate")
@@ -181,19 +278,7 @@ def aggregate(
         out=address(result),
         norms=address(norms),
     )
-
-    if on_cpu(total, "total"):
-        _kernels.aggregate_cpu(weighted_sum, torch.get_num_threads())
-    else:
-        partial = norms.new_empty(clients * _kernels.AGGREGATE_BLOCKS)
-        index, stream = place(total)
-        _kernels.aggregate_cuda(weighted_sum, address(partial), index, stream)
-
-    # A sum of squares is finite exactly where all its terms are.
-    return result, norms, norms.isfinite()
-
-
-# --------------------------------------------------------------------------------------- arguments
+    return weighted_sum, result, norms
 
 
 def check_masks(masks: Tensor, small: Tensor) -> None:
@@ -228,13 +313,15 @@ def check_vectors(vectors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name} is on {x.device}, {like_name} on {like.device}")
 
 
-def check_scale(eta: Tensor, theta: Tensor) -> None:
-    """Raise ValueError unless eta is one float32 number on theta's device."""
-    if eta.ndim != 0 or eta.dtype != torch.float32:
-        shape = tuple(eta.shape)
-        raise ValueError(f"eta must be 0-dim float32, not {eta.dtype} of shape {shape}")
-    if eta.device != theta.device:
-        raise ValueError(f"eta is on {eta.device}, theta on {theta.device}")
+def check_number(name: str, x: Tensor, dtype: torch.dtype, theta: Tensor) -> None:
+    """Raise ValueError unless x is one number of this type on theta's device."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a tensor, not {x!r}")
+    if x.ndim != 0 or x.dtype != dtype:
+        wanted = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{name} must be 0-dim {wanted}, not {x.dtype} of shape {tuple(x.shape)}")
+    if x.device != theta.device:
+        raise ValueError(f"{name} is on {x.device}, theta on {theta.device}")
 
 
 def check_apart(tensors: Mapping[str, Tensor]) -> None:
@@ -264,6 +351,12 @@ def on_cpu(x: Tensor, name: str) -> bool:
     if not hasattr(_kernels, "cuda_problem"):
         raise ValueError(f"{name} is on {x.device}, but {problem(x.device)}")
     return False
+
+
+def refuse_cpu(x: Tensor, name: str) -> None:
+    """Raise ValueError unless a tensor is on a GPU that the kernels were compiled for."""
+    if on_cpu(x, name):
+        raise ValueError(f"{name} is on cpu: the naive kernels run on CUDA GPUs")
 
 
 def address(x: Tensor | None) -> int:

@@ -37,7 +37,7 @@ Masks make_masks(Address masks, Pixel pixel, Address small, int64_t images, int6
 }
 
 Step make_step(Address theta, Address grad, Address m, Address v, Address update, Address eta,
-               int64_t n) {
+               Address t, int64_t n) {
     Step step;
     step.theta = at<float>(theta);
     step.grad = at<float>(grad);
@@ -45,8 +45,19 @@ Step make_step(Address theta, Address grad, Address m, Address v, Address update
     step.v = at<float>(v);
     step.update = at<float>(update);
     step.eta = at<float>(eta);
+    step.t = at<int64_t>(t);
     step.n = n;
     return step;
+}
+
+AdamWOptions make_options(double lr, double beta1, double beta2, double eps, double weight_decay) {
+    AdamWOptions options;
+    options.lr = lr;
+    options.beta1 = beta1;
+    options.beta2 = beta2;
+    options.eps = eps;
+    options.weight_decay = weight_decay;
+    return options;
 }
 
 Sum make_sum(Address total, const std::vector<Address>& updates, std::vector<float> weights,
@@ -61,6 +72,10 @@ Sum make_sum(Address total, const std::vector<Address>& updates, std::vector<flo
     return sum;
 }
 
+void adamw_accumulate_on_cpu(const Step& step, const AdamWOptions& options, int threads) {
+    adamw_accumulate_cpu(step, adamw_at(*step.t, options), threads);
+}
+
 #ifdef FEDGS_CUDA
 
 void mask_difficulty_cuda(const Masks& batch, Address partial, Address ticket, int device,
@@ -69,12 +84,26 @@ void mask_difficulty_cuda(const Masks& batch, Address partial, Address ticket, i
                           {device, at<void>(stream)});
 }
 
-void adamw_accumulate_cuda(const Step& step, const AdamW& adam, int device, Address stream) {
-    cuda::adamw_accumulate(step, adam, {device, at<void>(stream)});
+void adamw_accumulate_cuda(const Step& step, const AdamWOptions& options, int device,
+                           Address stream) {
+    cuda::adamw_accumulate(step, options, {device, at<void>(stream)});
 }
 
 void aggregate_cuda(const Sum& sum, Address partial, int device, Address stream) {
     cuda::aggregate(sum, at<double>(partial), {device, at<void>(stream)});
+}
+
+void naive_mask_difficulty(const Masks& batch, int device, Address stream) {
+    cuda::naive::mask_difficulty(batch, {device, at<void>(stream)});
+}
+
+void naive_adamw_accumulate(const Step& step, const AdamWOptions& options, int device,
+                            Address stream) {
+    cuda::naive::adamw_accumulate(step, options, {device, at<void>(stream)});
+}
+
+void naive_aggregate(const Sum& sum, int device, Address stream) {
+    cuda::naive::aggregate(sum, {device, at<void>(stream)});
 }
 
 #endif
@@ -95,12 +124,11 @@ PYBIND11_MODULE(_kernels, module) {
 
     py::class_<Step>(module, "Step")
         .def(py::init(&make_step), py::kw_only(), py::arg("theta"), py::arg("grad"), py::arg("m"),
-             py::arg("v"), py::arg("update"), py::arg("eta"), py::arg("n"));
+             py::arg("v"), py::arg("update"), py::arg("eta"), py::arg("t"), py::arg("n"));
 
-    py::class_<AdamW>(module, "AdamW")
-        .def(py::init<int64_t, double, double, double, double, double>(), py::kw_only(),
-             py::arg("step"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-             py::arg("weight_decay"));
+    py::class_<AdamWOptions>(module, "AdamWOptions")
+        .def(py::init(&make_options), py::kw_only(), py::arg("lr"), py::arg("beta1"),
+             py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"));
 
     py::class_<Sum>(module, "Sum")
         .def(py::init(&make_sum), py::kw_only(), py::arg("total"), py::arg("updates"),
@@ -110,7 +138,7 @@ PYBIND11_MODULE(_kernels, module) {
     const auto no_gil = py::call_guard<py::gil_scoped_release>();
     module.def("piece", &begin_and_end);
     module.def("mask_difficulty_cpu", &mask_difficulty_cpu, no_gil);
-    module.def("adamw_accumulate_cpu", &adamw_accumulate_cpu, no_gil);
+    module.def("adamw_accumulate_cpu", &adamw_accumulate_on_cpu, no_gil);
     module.def("aggregate_cpu", &aggregate_cpu, no_gil);
 
 #ifdef FEDGS_CUDA
@@ -120,5 +148,8 @@ PYBIND11_MODULE(_kernels, module) {
     module.def("mask_difficulty_cuda", &mask_difficulty_cuda, no_gil);
     module.def("adamw_accumulate_cuda", &adamw_accumulate_cuda, no_gil);
     module.def("aggregate_cuda", &aggregate_cuda, no_gil);
+    module.def("naive_mask_difficulty", &naive_mask_difficulty, no_gil);
+    module.def("naive_adamw_accumulate", &naive_adamw_accumulate, no_gil);
+    module.def("naive_aggregate", &naive_aggregate, no_gil);
 #endif
 }

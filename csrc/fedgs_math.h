@@ -36,8 +36,12 @@ FEDGS_FN float step_scale(double sum_of_difficulties, int64_t images) {
     return float(1.0 + 2.0 * sum_of_difficulties / double(images > 0 ? images : 1));
 }
 
-// What a step of AdamW needs beside its vectors. Bias corrections are worked out once a step, in
-// double.
+// What a step of AdamW is told.
+struct AdamWOptions {
+    double lr, beta1, beta2, eps, weight_decay;
+};
+
+// What every parameter's step needs of that. In step t, which counts from 1.
 struct AdamW {
     float keep;         // 1 - lr weight_decay: the decoupled decay
     float gain1;        // 1 - beta1
@@ -46,16 +50,20 @@ struct AdamW {
     float correction2;  // 1 / (1 - beta2^t)
     float rate;         // lr / (1 - beta1^t)
     float eps;
-
-    AdamW(int64_t step, double lr, double beta1, double beta2, double eps, double weight_decay)
-        : keep(float(1 - lr * weight_decay)),
-          gain1(float(1 - beta1)),
-          beta2(float(beta2)),
-          gain2(float(1 - beta2)),
-          correction2(float(1 / (1 - std::pow(beta2, double(step))))),
-          rate(float(lr / (1 - std::pow(beta1, double(step))))),
-          eps(float(eps)) {}
 };
+
+// Worked out once for many parameters, in double: beta2^t is nearly 1.
+FEDGS_FN AdamW adamw_at(int64_t t, const AdamWOptions& options) {
+    AdamW adam;
+    adam.keep = float(1 - options.lr * options.weight_decay);
+    adam.gain1 = float(1 - options.beta1);
+    adam.beta2 = float(options.beta2);
+    adam.gain2 = float(1 - options.beta2);
+    adam.correction2 = float(1 / (1 - std::pow(options.beta2, double(t))));
+    adam.rate = float(options.lr / (1 - std::pow(options.beta1, double(t))));
+    adam.eps = float(options.eps);
+    return adam;
+}
 
 // One parameter's step, in place: decay, moments, theta -= s. -> s = lr m_hat / (sqrt(v_hat) + eps)
 FEDGS_FN float adamw(float& theta, float grad, float& m, float& v, const AdamW& adam) {

@@ -33,6 +33,7 @@ struct Step {
     float* v;
     float* update;     // null: nothing is accumulated
     const float* eta;  // one number; null without update
+    const int64_t* t;  // one number: which step it is, from 1
     int64_t n;
 };
 
@@ -50,7 +51,7 @@ struct Sum {
 // Lesion areas, difficulties and the step scale of a batch.
 void mask_difficulty_cpu(const Masks& batch, int threads);
 
-// A step of AdamW, and update += eta s.
+// A step of AdamW, and update += eta s. adam is that of step t.
 void adamw_accumulate_cpu(const Step& step, const AdamW& adam, int threads);
 
 // out = total + sum_k weights[k] updates[k], in this order. norms[k] = |updates[k]|^2, which is
@@ -58,7 +59,8 @@ void adamw_accumulate_cpu(const Step& step, const AdamW& adam, int threads);
 void aggregate_cpu(const Sum& sum, int threads);
 
 // On a GPU the same, in order on the given stream, without allocation or synchronisation: each can
-// be captured in a graph. They throw std::runtime_error with CUDA's message if a launch fails.
+// be captured in a graph. Numbers that change from step to step (t, eta) are therefore read on the
+// GPU. They throw std::runtime_error with CUDA's message if a launch fails.
 namespace cuda {
 
 // Where a kernel runs.
@@ -74,11 +76,20 @@ std::string problem(int device);  // why kernels cannot run on this device; empt
 int64_t mask_partials(Pixel pixel, int64_t images, int64_t pixels);
 void mask_difficulty(const Masks& batch, int* partial, unsigned* ticket, Place place);
 
-void adamw_accumulate(const Step& step, const AdamW& adam, Place place);
+void adamw_accumulate(const Step& step, const AdamWOptions& options, Place place);
 
 // partial: AGGREGATE_BLOCKS doubles for each update.
 constexpr int AGGREGATE_BLOCKS = 1056;  // 8 for each of an H200's 132 multiprocessors
 void aggregate(const Sum& sum, double* partial, Place place);
+
+// The same by the kernels that one would write first. They are here to be read, and timed.
+namespace naive {
+
+void mask_difficulty(const Masks& batch, Place place);
+void adamw_accumulate(const Step& step, const AdamWOptions& options, Place place);
+void aggregate(const Sum& sum, Place place);
+
+}  // namespace naive
 
 }  // namespace cuda
 }  // namespace fedgs

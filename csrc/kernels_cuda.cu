@@ -1,5 +1,6 @@
-// The kernels for CUDA GPUs. All three only stream memory: threads read and write 16 bytes at a
-// time, and several loads are under way before the first is used.
+// The kernels for CUDA GPUs. For each operation first the kernel that one would write first, then
+// what the one in use does differently, and that one. All three only stream memory, so those in use
+// read and write 16 bytes at a time, and several loads are under way before the first is used.
 #include "kernels.h"
 
 #include <cuda_runtime.h>
@@ -57,6 +58,17 @@ struct OnDevice {
     }
 };
 
+// kernel<<<blocks, threads, 0, stream>>>(arguments...), as a function. Every kernel starts here.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cudaStream_t stream,
+            const Arguments&... arguments) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = blocks;
+    config.blockDim = threads;
+    config.stream = stream;
+    check(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
 // How many blocks it takes, as CUDA counts them.
 unsigned blocks_for(int64_t n, int64_t per_block) {
     const int64_t blocks = (n + per_block - 1) / per_block;
@@ -65,6 +77,49 @@ unsigned blocks_for(int64_t n, int64_t per_block) {
 }
 
 // --------------------------------------------------------------------------------- mask_difficulty
+
+// First: a thread a pixel, and each lesion pixel adds 1 to its image's area.
+template <class T>
+__global__ void naive_area_kernel(const T* masks, int64_t images, int64_t pixels, int64_t* area) {
+    const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= images * pixels || masks[i] == T(0)) return;
+    atomicAdd(reinterpret_cast<unsigned long long*>(area + i / pixels), 1ull);
+}
+
+// A thread an image.
+__global__ void naive_difficulty_kernel(Masks batch, double log_of_base) {
+    const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= batch.images) return;
+    batch.difficulty[i] = difficulty_of(batch.area[i], batch.pixels, batch.small[i], log_of_base);
+}
+
+// One thread.
+__global__ void naive_eta_kernel(Masks batch) {
+    double sum = 0;
+    for (int64_t i = 0; i < batch.images; ++i) sum += batch.difficulty[i];
+    *batch.eta = step_scale(sum, batch.images);
+}
+
+template <class T>
+void launch_naive_mask_difficulty(const Masks& batch, cudaStream_t stream) {
+    check(cudaMemsetAsync(batch.area, 0, size_t(batch.images) * sizeof(int64_t), stream));
+
+    const unsigned blocks = blocks_for(batch.images * batch.pixels, THREADS);
+    launch(naive_area_kernel<T>, blocks, THREADS, stream, static_cast<const T*>(batch.masks),
+           batch.images, batch.pixels, batch.area);
+
+    launch(naive_difficulty_kernel, blocks_for(batch.images, THREADS), THREADS, stream, batch,
+           std::log(batch.log_base));
+    launch(naive_eta_kernel, 1, 1, stream, batch);
+}
+
+// What the kernel in use does differently:
+//
+// * A thread loads 16 bytes at a time, and four such loads before it counts the first.
+// * Lesion pixels are counted in registers, then over a warp by shuffles, then over a block in
+//   shared memory. No atomic for each of them: those of one image would wait for one another.
+// * A division by the number of pixels once a block, instead of once a pixel.
+// * One launch instead of four: whichever block is the last to finish does what is left.
 
 constexpr int LOADS = 4;                          // 16-byte loads that each thread has under way
 constexpr int MASK_BYTES = THREADS * LOADS * 16;  // what a block reads
@@ -190,9 +245,9 @@ void launch_mask_difficulty(const Masks& batch, int* partial, unsigned* ticket,
                             cudaStream_t stream) {
     const int per_image = pieces_of_image(batch.pixel, batch.pixels);
     const unsigned blocks = blocks_for(batch.images * per_image, 1);  // without images one, for eta
-    mask_difficulty_kernel<<<blocks, THREADS, 0, stream>>>(
-        static_cast<const T*>(batch.masks), batch.small, batch.images, batch.pixels, per_image,
-        std::log(batch.log_base), batch.area, batch.difficulty, batch.eta, partial, ticket);
+    launch(mask_difficulty_kernel<T>, blocks, THREADS, stream, static_cast<const T*>(batch.masks),
+           batch.small, batch.images, batch.pixels, per_image, std::log(batch.log_base), batch.area,
+           batch.difficulty, batch.eta, partial, ticket);
 }
 
 }  // namespace
@@ -210,61 +265,104 @@ void mask_difficulty(const Masks& batch, int* partial, unsigned* ticket, Place p
         launch_mask_difficulty<float>(batch, partial, ticket, stream);
     else
         launch_mask_difficulty<int64_t>(batch, partial, ticket, stream);
-    check(cudaGetLastError());
+}
+
+void naive::mask_difficulty(const Masks& batch, Place place) {
+    const OnDevice guard(place.device);
+    const auto stream = static_cast<cudaStream_t>(place.stream);
+    if (batch.pixel == Pixel::byte)
+        launch_naive_mask_difficulty<uint8_t>(batch, stream);
+    else if (batch.pixel == Pixel::float32)
+        launch_naive_mask_difficulty<float>(batch, stream);
+    else
+        launch_naive_mask_difficulty<int64_t>(batch, stream);
 }
 
 // ------------------------------------------------------------------------------- adamw_accumulate_
 
 namespace {
 
-template <int WIDTH, bool ACCUMULATE>
-__device__ void step_at(float* theta, const float* grad, float* m, float* v, float* update,
-                        float eta, int64_t at, const AdamW& adam) {
-    Floats<WIDTH> t = load<WIDTH>(theta + at);
-    Floats<WIDTH> first = load<WIDTH>(m + at);
-    Floats<WIDTH> second = load<WIDTH>(v + at);
-    const Floats<WIDTH> g = load<WIDTH>(grad + at);
-    Floats<WIDTH> u;
-    if (ACCUMULATE) u = load<WIDTH>(update + at);
+// First: a thread a parameter.
+__global__ void naive_adamw_kernel(Step step, AdamWOptions options) {
+    const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= step.n) return;
+    const AdamW adam = adamw_at(*step.t, options);
+    const float s = adamw(step.theta[i], step.grad[i], step.m[i], step.v[i], adam);
+    if (step.update) step.update[i] += *step.eta * s;
+}
 
+// What the kernel in use does differently:
+//
+// * A thread steps four parameters, loads and stores them 16 bytes at a time, and all five loads
+//   are under way before it needs the first.
+// * One thread of a block works out 1 - beta^t for all, instead of each: two powers in double, for
+//   which most GPUs have few units. The loads are under way meanwhile.
+// * Whether there is an update is settled when the kernel is compiled.
+
+// WIDTH parameters, and what a step reads beside them.
+template <int WIDTH>
+struct Parameters {
+    Floats<WIDTH> theta, grad, m, v, update;
+};
+
+template <int WIDTH, bool ACCUMULATE>
+__device__ Parameters<WIDTH> load_parameters(const Step& step, int64_t at) {
+    Parameters<WIDTH> x;
+    x.theta = load<WIDTH>(step.theta + at);
+    x.grad = load<WIDTH>(step.grad + at);
+    x.m = load<WIDTH>(step.m + at);
+    x.v = load<WIDTH>(step.v + at);
+    if (ACCUMULATE) x.update = load<WIDTH>(step.update + at);
+    return x;
+}
+
+template <int WIDTH, bool ACCUMULATE>
+__device__ void step_and_store(const Step& step, int64_t at, Parameters<WIDTH> x, float eta,
+                               const AdamW& adam) {
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) {
-        const float s = adamw(t.x[i], g.x[i], first.x[i], second.x[i], adam);
-        if (ACCUMULATE) u.x[i] += eta * s;
+        const float s = adamw(x.theta.x[i], x.grad.x[i], x.m.x[i], x.v.x[i], adam);
+        if (ACCUMULATE) x.update.x[i] += eta * s;
     }
 
-    store(theta + at, t);
-    store(m + at, first);
-    store(v + at, second);
-    if (ACCUMULATE) store(update + at, u);
+    store(step.theta + at, x.theta);
+    store(step.m + at, x.m);
+    store(step.v + at, x.v);
+    if (ACCUMULATE) store(step.update + at, x.update);
 }
 
 // One thread steps WIDTH parameters; the last thread those that are left over.
 template <int WIDTH, bool ACCUMULATE>
-__global__ void __launch_bounds__(THREADS)
-adamw_kernel(float* __restrict__ theta, const float* __restrict__ grad, float* __restrict__ m,
-             float* __restrict__ v, float* __restrict__ update, const float* __restrict__ eta,
-             int64_t n, AdamW adam) {
-    const float scale = ACCUMULATE ? *eta : 0.0f;
-    const Range range = piece(int64_t(blockIdx.x) * THREADS + threadIdx.x, WIDTH, n);
-    if (range.begin + WIDTH <= n)
-        step_at<WIDTH, ACCUMULATE>(theta, grad, m, v, update, scale, range.begin, adam);
-    else if (WIDTH > 1)
-        for (int64_t i = range.begin; i < range.end; ++i)
-            step_at<1, ACCUMULATE>(theta, grad, m, v, update, scale, i, adam);
+__global__ void __launch_bounds__(THREADS) adamw_kernel(Step step, AdamWOptions options) {
+    __shared__ AdamW adam;
+    const Range range = piece(int64_t(blockIdx.x) * THREADS + threadIdx.x, WIDTH, step.n);
+    const bool whole = range.begin + WIDTH <= step.n;
+
+    Parameters<WIDTH> x;
+    if (whole) x = load_parameters<WIDTH, ACCUMULATE>(step, range.begin);
+    const float eta = ACCUMULATE ? *step.eta : 0.0f;
+    if (threadIdx.x == 0) adam = adamw_at(*step.t, options);
+    __syncthreads();
+
+    if (whole) {
+        step_and_store<WIDTH, ACCUMULATE>(step, range.begin, x, eta, adam);
+        return;
+    }
+    for (int64_t i = range.begin; i < range.end; ++i) {
+        const Parameters<1> one = load_parameters<1, ACCUMULATE>(step, i);
+        step_and_store<1, ACCUMULATE>(step, i, one, eta, adam);
+    }
 }
 
 template <int WIDTH>
-void launch_adamw(const Step& step, const AdamW& adam, cudaStream_t stream) {
+void launch_adamw(const Step& step, const AdamWOptions& options, cudaStream_t stream) {
     const auto kernel = step.update ? adamw_kernel<WIDTH, true> : adamw_kernel<WIDTH, false>;
-    const unsigned blocks = blocks_for(step.n, THREADS * WIDTH);
-    kernel<<<blocks, THREADS, 0, stream>>>(step.theta, step.grad, step.m, step.v, step.update,
-                                           step.eta, step.n, adam);
+    launch(kernel, blocks_for(step.n, THREADS * WIDTH), THREADS, stream, step, options);
 }
 
 }  // namespace
 
-void adamw_accumulate(const Step& step, const AdamW& adam, Place place) {
+void adamw_accumulate(const Step& step, const AdamWOptions& options, Place place) {
     if (step.n == 0) return;
     const OnDevice guard(place.device);
     const auto stream = static_cast<cudaStream_t>(place.stream);
@@ -273,15 +371,37 @@ void adamw_accumulate(const Step& step, const AdamW& adam, Place place) {
     const bool wide = aligned(step.theta) && aligned(step.grad) && aligned(step.m) &&
                       aligned(step.v) && aligned(step.update);
     if (wide)
-        launch_adamw<4>(step, adam, stream);
+        launch_adamw<4>(step, options, stream);
     else
-        launch_adamw<1>(step, adam, stream);
-    check(cudaGetLastError());
+        launch_adamw<1>(step, options, stream);
+}
+
+void naive::adamw_accumulate(const Step& step, const AdamWOptions& options, Place place) {
+    const OnDevice guard(place.device);
+    const auto stream = static_cast<cudaStream_t>(place.stream);
+    launch(naive_adamw_kernel, blocks_for(step.n, THREADS), THREADS, stream, step, options);
 }
 
 // --------------------------------------------------------------------------------------- aggregate
 
 namespace {
+
+// First: a launch a client, a thread an element.
+__global__ void naive_add_kernel(const float* update, float weight, int64_t n, float* out,
+                                 double* norm) {
+    const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    out[i] += weight * update[i];
+    atomicAdd(norm, double(update[i]) * double(update[i]));
+}
+
+// What the kernel in use does differently:
+//
+// * One launch for up to 32 clients: the running sum stays in registers while they pass. That is
+//   K + 1 reads and 1 write of n elements, instead of 2 K + 1 reads and K + 1 writes.
+// * 16 bytes at a time, and four loads under way.
+// * Squares are added up over a thread, a warp and a block, and over the blocks by a second kernel:
+//   no n atomics that wait for one another, and always the same order, so always the same bits.
 
 constexpr int GROUP = 32;  // clients of one launch: their addresses travel with its arguments
 constexpr int PACKS = 4;   // loads that each thread has under way
@@ -391,16 +511,25 @@ void aggregate(const Sum& sum, double* partial, Place place) {
         std::copy_n(&sum.updates[first], group.count, group.updates);
         std::copy_n(&sum.weights[first], group.count, group.weights);
 
-        // The first 32 clients begin with total, those that follow go on from out.
+        // The first 32 clients begin with total, those that follow go on from out: each further 32
+        // read and write the running sum once more than one launch for all would have to.
         const float* from = first == 0 ? sum.total : sum.out;
         double* sums = partial + int64_t(first) * blocks;
-        kernel<<<blocks, THREADS, 0, stream>>>(from, group, sum.n, sum.out, sums);
-        check(cudaGetLastError());
-
-        double* norms = sum.norms + first;
-        norms_kernel<<<unsigned(group.count), 32, 0, stream>>>(sums, int(blocks), norms);
-        check(cudaGetLastError());
+        launch(kernel, blocks, THREADS, stream, from, group, sum.n, sum.out, sums);
+        launch(norms_kernel, unsigned(group.count), 32, stream, sums, int(blocks),
+               sum.norms + first);
     }
+}
+
+void naive::aggregate(const Sum& sum, Place place) {
+    const OnDevice guard(place.device);
+    const auto stream = static_cast<cudaStream_t>(place.stream);
+    const size_t bytes = size_t(sum.n) * sizeof(float);
+    check(cudaMemcpyAsync(sum.out, sum.total, bytes, cudaMemcpyDeviceToDevice, stream));
+    check(cudaMemsetAsync(sum.norms, 0, sum.updates.size() * sizeof(double), stream));
+    for (size_t k = 0; k < sum.updates.size(); ++k)
+        launch(naive_add_kernel, blocks_for(sum.n, THREADS), THREADS, stream, sum.updates[k],
+               sum.weights[k], sum.n, sum.out, sum.norms + k);
 }
 
 // ----------------------------------------------------------------------------------------- devices

@@ -110,16 +110,16 @@ def compiled_kernels(wanted: str, device: torch.device) -> tuple[ModuleType | No
     return None, f"torch: {problem}"
 
 
-class CapturedGradient:
-    """The work on a batch, captured as a CUDA graph: one launch instead of some thousand.
+class CapturedStep:
+    """A training step, captured as a CUDA graph: one launch instead of some thousand.
 
-    It is called like the function that it captures, `gradient(flat, batch, config, kernels)`. A
-    graph's tensors stay where they are: a batch is copied into those that the graph reads, and
-    what it returns lies in those that the next batch will overwrite.
+    It is called like the function that it captures, `take_step(flat, batch, config, kernels)`,
+    always with the same network. A graph's tensors stay where they are: a batch is copied into
+    those that the graph reads, and what it returns lies in those that the next step overwrites.
     """
 
-    def __init__(self, gradient: Callable[..., dict[str, torch.Tensor]]):
-        self.gradient = gradient
+    def __init__(self, take_step: Callable[..., dict[str, torch.Tensor]]):
+        self.take_step = take_step
         self.graph = None
 
     def __call__(self, flat: Any, batch: Any, config: Any, kernels: Any) -> dict[str, torch.Tensor]:
@@ -131,8 +131,9 @@ class CapturedGradient:
         return self.measured
 
     def capture(self, flat: Any, batch: Any, config: Any, kernels: Any) -> None:
-        """Record the work on a batch. The network's state stays as it was."""
+        """Record a step. The network and its progress stay as they were."""
         state = flat.state()
+        progress = [x.clone() for x in flat.progress]
         self.batch = type(batch)._make(x.clone() for x in batch)
 
         # Libraries set themselves up in their first calls, which no graph may hold.
@@ -140,11 +141,15 @@ class CapturedGradient:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                self.gradient(flat, self.batch, config, kernels)
+                self.take_step(flat, self.batch, config, kernels)
         torch.cuda.current_stream().wait_stream(side)
 
+        # Recording takes no step. thread_local: other threads of this process may go on using the
+        # GPU.
         self.graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads of this process may go on using the GPU.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.measured = self.gradient(flat, self.batch, config, kernels)
+            self.measured = self.take_step(flat, self.batch, config, kernels)
+
         flat.load(state)
+        for mine, before in zip(flat.progress, progress, strict=True):
+            mine.copy_(before)

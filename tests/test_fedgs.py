@@ -178,7 +178,7 @@ def test_step_is_adamw(generator):
     for step, grad in enumerate(gradients(20, 1000, generator), start=1):
         reference.grad = grad.clone()
         optimiser.step()
-        adamw_accumulate_(theta, grad, m, v, step, 1e-3, update, torch.tensor(1.7))
+        adamw_accumulate_(theta, grad, m, v, torch.tensor(step), 1e-3, update, torch.tensor(1.7))
         torch.testing.assert_close(theta, reference.detach(), rtol=1e-7, atol=1e-7)
 
 
@@ -190,7 +190,7 @@ def test_accumulated_update_is_its_closed_form(generator):
     theta, m, v, update = torch.zeros(4, 500)
     theta += 100  # decay would show
     for step, (grad, eta) in enumerate(zip(grads, etas, strict=True), start=1):
-        adamw_accumulate_(theta, grad, m, v, step, lr, update, eta)
+        adamw_accumulate_(theta, grad, m, v, torch.tensor(step), lr, update, eta)
 
     expected = torch.zeros(500, dtype=torch.float64)
     grads = grads.double()
@@ -206,7 +206,8 @@ def test_accumulated_update_is_its_closed_form(generator):
 def test_scaling_leaves_local_training_untouched(generator):
     plain, scaled = torch.ones(2, 100)
     plain_m, plain_v, m, v, update = torch.zeros(5, 100)
-    for step, grad in enumerate(gradients(5, 100, generator), start=1):
+    for number, grad in enumerate(gradients(5, 100, generator), start=1):
+        step = torch.tensor(number)
         adamw_accumulate_(plain, grad, plain_m, plain_v, step, 1e-2)
         adamw_accumulate_(scaled, grad, m, v, step, 1e-2, update, torch.tensor(3.0))
     assert torch.equal(plain, scaled)
@@ -333,9 +334,16 @@ def test_what_a_client_sends(flat, generator):
 def test_fedavg_reports_the_difference_of_parameters(flat, generator):
     start = flat.state()
     config = replace(CONFIG, method="fedavg")
-    update = train_client(flat, start, square_images("C1", 4, generator), config, 1)
+    images = square_images("C1", 4, generator)
+    update = train_client(flat, start, images, config, 1)
     assert torch.equal(update.vector, start.parameters - flat.parameters)
     assert (update.log.eta, update.log.scaled) == (1, 0)
+
+    # FedGS takes the same steps, and reports something else.
+    trained = flat.parameters.clone()
+    other = train_client(flat, start, images, CONFIG, 1)
+    assert torch.equal(flat.parameters, trained)
+    assert not torch.equal(other.vector, update.vector)
 
 
 def test_a_client_depends_on_seed_round_and_centre_alone(flat, generator):
@@ -419,23 +427,28 @@ def test_difficulty_is_of_what_the_network_sees(flat, generator, monkeypatch):
         assert log_base == 321.0
 
 
-def test_a_gradient_of_ones_own(flat, generator):
-    """A client takes its gradients, and what it reports of them, from the function it is given."""
+def test_a_step_of_ones_own(flat, generator):
+    """A client takes its steps, and what it reports of them, from the function it is given."""
     batches = []
     steps = []
 
-    def gradient(flat, batch, config, kernels):
+    def take_step(flat, batch, config, kernels):
         batches.append(batch)
-        flat.grad.fill_(1.0)
+        flat.progress.update.add_(3.0)
         return {"loss": torch.tensor(0.25), "eta": torch.tensor(2.0), "scaled": torch.tensor(1.0)}
 
     images = square_images("C1", 5, generator)
     count = functools.partial(steps.append, 1)
-    update = train_client(flat, flat.state(), images, CONFIG, 1, gradient=gradient, on_step=count)
+    update = train_client(flat, flat.state(), images, CONFIG, 1, take_step=take_step, on_step=count)
     assert len(batches) == len(steps) == update.log.steps == 4
     assert (update.log.loss, update.log.eta, update.log.scaled) == (0.25, 2, 1)
-    # The step of a constant gradient is lr.
-    torch.testing.assert_close(update.vector, torch.full_like(update.vector, 4 * 2 * CONFIG.lr))
+    assert update.vector.unique().tolist() == [12]
+
+    # The next client begins anew, and what the first has sent stays as it is.
+    train_client(flat, flat.state(), images, CONFIG, 1, take_step=take_step)
+    assert flat.progress.update.unique().tolist() == [12]
+    flat.progress.update.zero_()
+    assert update.vector.unique().tolist() == [12]
 
 
 @pytest.mark.parametrize("model", ["utnet", "sd-utnet"])
@@ -548,8 +561,10 @@ def test_evaluation_of_many_images_and_of_none(generator):
     assert fedgs.evaluate(network, images.subset([])).tally.abs().sum() == 0
 
 
-def test_the_steps_of_a_round_are_one_optimisers(flat, generator):
+def test_the_steps_of_a_round_are_one_optimisers(flat, generator, monkeypatch):
     """Over all epochs; and each step is scaled by its own batch's eta."""
+    for x in flat.progress:
+        x.fill_(7)  # as another client might leave it
     start = flat.state()
     grads = torch.randn(4, len(flat.parameters), generator=generator)
     etas = torch.tensor([1.0, 2.5, 1.5, 3.0])
@@ -560,19 +575,20 @@ def test_the_steps_of_a_round_are_one_optimisers(flat, generator):
         flat.grad.copy_(grad)
         return {"loss": eta / 4, "eta": eta, "scaled": (eta > 1).float()}
 
+    monkeypatch.setattr(fedgs, "batch_gradient", gradient)
     images = square_images("C1", 4, generator)
-    update = train_client(flat, start, images, CONFIG, 1, gradient=gradient)
+    update = train_client(flat, start, images, CONFIG, 1)
 
     theta = start.parameters.clone()
     m, v, expected = torch.zeros(3, len(theta))
     for step, (grad, eta) in enumerate(zip(grads, etas, strict=True), start=1):
-        adamw_accumulate_(theta, grad, m, v, step, CONFIG.lr, expected, eta)
+        adamw_accumulate_(theta, grad, m, v, torch.tensor(step), CONFIG.lr, expected, eta)
     assert torch.equal(update.vector, expected)
     assert torch.equal(flat.parameters, theta)
     assert (update.log.loss, update.log.eta, update.log.scaled) == (0.5, 2, 0.75)
 
 
-def test_a_round_draws_everything_anew(flat, generator):
+def test_a_round_draws_everything_anew(flat, generator, monkeypatch):
     """Every epoch its order, every image its augmentation, every code its noise."""
     images = square_images("C1", 8, generator)
     images.images[:] = torch.arange(8, dtype=torch.uint8)[:, None, None, None]
@@ -583,8 +599,9 @@ def test_a_round_draws_everything_anew(flat, generator):
         flat.grad.zero_()
         return dict.fromkeys(("loss", "eta", "scaled"), torch.tensor(1.0))
 
+    monkeypatch.setattr(fedgs, "batch_gradient", gradient)
     config = replace(CONFIG, model="sd-utnet")
-    train_client(flat, flat.state(), images, config, 1, gradient=gradient)
+    train_client(flat, flat.state(), images, config, 1)
     orders = torch.cat([batch.images[:, 0, 0, 0] for batch in batches]).view(2, 8)
     draws = torch.cat([batch.draws for batch in batches])
     noise = torch.cat([batch.noise.flatten(0, 1) for batch in batches])

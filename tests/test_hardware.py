@@ -1,6 +1,8 @@
-"""What the machine offers: device, precision, memory, kernels; and on a GPU the captured graph."""
+"""What the machine offers: device, precision, memory, kernels; steps captured as CUDA graphs."""
 
+import contextlib
 import ctypes
+import functools
 import os
 import platform
 import sys
@@ -12,10 +14,10 @@ import torch
 from conftest import square_images
 
 import fedgs
-from fedgs import Batch, FlatNetwork, batch_gradient, build_network
+from fedgs import PYTORCH, Batch, FlatNetwork, batch_gradient, build_network, training_step
 from support import hardware
 from support.errors import UserError
-from support.hardware import CapturedGradient
+from support.hardware import CapturedStep
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -189,6 +191,83 @@ def test_the_choice_is_a_set_of_operations(monkeypatch):
     assert fedgs.choose_kernels("torch", CPU)[0] is fedgs.PYTORCH
 
 
+# ----------------------------------------------------------------------------------- captured steps
+
+
+class Recording:
+    """A CUDA graph's part, on a CPU: to replay is to call once more what was recorded."""
+
+    last = None  # the call that was made last, and its results
+
+    def replay(self):
+        call, results = self.recorded
+        for name, x in call().items():
+            results[name].copy_(x)
+
+
+@contextlib.contextmanager
+def record(recording, capture_error_mode):
+    yield
+    recording.recorded = Recording.last
+
+
+def recorded_step(*given):
+    """training_step, and what a recording needs to know of it."""
+    measured = training_step(*given)
+    Recording.last = functools.partial(training_step, *given), measured
+    return measured
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """CUDA graphs, played on a CPU."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+
+
+@pytest.mark.parametrize("method", ["fedgs", "fedavg"])
+def test_rounds_of_captured_steps_are_rounds(graphs, method, generator):
+    """One recording serves every client and round. It reads each batch, and keeps nothing else."""
+    config = replace(CONFIG, method=method, image_size=16, width=2, batch_size=2, local_epochs=1)
+    take_step = CapturedStep(recorded_step)
+    plain = FlatNetwork(build_network(config))
+    replayed = FlatNetwork(build_network(config))
+    state = plain.state()
+
+    for round_, client in enumerate(("C1", "C2"), start=1):
+        images = square_images(client, 6, generator, size=16)
+        given = (state, images, config, round_, PYTORCH)
+        expected = fedgs.train_client(plain, *given)
+        update = fedgs.train_client(replayed, *given, take_step)
+
+        assert expected.vector.norm() > 0
+        assert torch.equal(update.vector, expected.vector)
+        assert torch.equal(update.buffers, expected.buffers)
+        assert torch.equal(update.counters, expected.counters)
+        assert update.log == expected.log
+        assert replayed.progress.step == 3
+
+
+def test_only_on_a_gpu_steps_are_captured(square_root):
+    where = {"data_root": str(square_root), "centres": ("C1", "C6")}
+    config = replace(CONFIG, **where, image_size=16, width=2, local_epochs=1)
+    federation = fedgs.load_data(config, config.centres)
+    flat = FlatNetwork(build_network(config))
+    for name in ("torch", "cpp", "cuda"):
+        clients = fedgs.LocalClients(flat, federation, config, PYTORCH._replace(name=name))
+        assert isinstance(clients.take_step, CapturedStep) == (name == "cuda")
+
+    # Whichever it is, clients train with it.
+    taken = []
+    clients.take_step = lambda *given: taken.append(given) or training_step(*given)
+    [update] = clients.train(flat.state(), 1)
+    assert len(taken) == update.log.steps > 0
+
+
 # ----------------------------------------------------------------------------------------- on a GPU
 
 
@@ -209,23 +288,35 @@ def flat_network(config):
 @pytest.mark.parametrize(
     ("precision", "cosine", "tolerance"), [("fp32", 0.9999, 1e-3), ("bf16", 0.9, 0.05)]
 )
-def test_captured_gradient_is_the_definition(model, precision, cosine, tolerance, generator):
-    """The same gradient from the same state, up to the order of sums, for two batches."""
+def test_captured_step_is_the_definition(model, precision, cosine, tolerance, generator):
+    """The same gradient from the same state, up to the order of sums, and the step for it."""
     config = replace(CONFIG, model=model, precision=precision)
     kernels, _ = fedgs.choose_kernels("auto", CUDA)
     plain = flat_network(config)
     replayed = flat_network(config)
-    captured = CapturedGradient(batch_gradient)
-    start = plain.state()
+    captured = CapturedStep(training_step)
 
-    for batch in (some_batch(generator), some_batch(generator)):
-        plain.load(start)
-        replayed.load(start)
+    for number in (1, 2):
+        batch = some_batch(generator)
+        before = replayed.state()
+        progress = [x.clone() for x in replayed.progress]
+        plain.load(before)
         expected = batch_gradient(plain, batch, config, kernels)
         measured = captured(replayed, batch, config, kernels)
         assert torch.cosine_similarity(replayed.grad, plain.grad, dim=0) > cosine
         assert torch.equal(replayed.counters, plain.counters)
-        assert replayed.counters.unique().tolist() == [1]  # warming up leaves no trace
+        assert replayed.counters.unique().tolist() == [number]  # warming up leaves no trace
+
+        # The step for the gradient that the graph has found: the same bits.
+        theta = before.parameters
+        m, v, step, update = progress
+        step += 1
+        kernels.adamw_accumulate_(
+            theta, replayed.grad, m, v, step, config.lr, update, measured["eta"]
+        )
+        assert torch.equal(replayed.parameters, theta)
+        for x, value in zip(replayed.progress, progress, strict=True):
+            assert torch.equal(x, value)
 
         expected = {name: x.item() for name, x in expected.items()}
         measured = {name: x.item() for name, x in measured.items()}
@@ -233,22 +324,33 @@ def test_captured_gradient_is_the_definition(model, precision, cosine, tolerance
 
 
 @on_gpu
-@pytest.mark.parametrize("captured", [False, True])
-def test_a_step_does_not_wait_for_the_gpu(captured, generator):
+@pytest.mark.parametrize("take_step", [training_step, CapturedStep(training_step)])
+def test_a_step_does_not_wait_for_the_gpu(take_step, generator):
     kernels, _ = fedgs.choose_kernels("auto", CUDA)
     flat = flat_network(CONFIG)
     batch = some_batch(generator)
-    m, v, update = torch.zeros(3, len(flat.parameters), device=CUDA)
-    gradient = CapturedGradient(batch_gradient) if captured else batch_gradient
-    gradient(flat, batch, CONFIG, kernels)
+    take_step(flat, batch, CONFIG, kernels)
 
     torch.cuda.set_sync_debug_mode("error")
     try:
-        measured = gradient(flat, batch, CONFIG, kernels)
-        eta = measured["eta"]
-        kernels.adamw_accumulate_(flat.parameters, flat.grad, m, v, 1, 1e-3, update, eta)
+        take_step(flat, batch, CONFIG, kernels)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+def test_a_captured_step_is_one_launch(generator):
+    """After its batch is copied: the graph holds the gradient, the step, and the count of steps."""
+    kernels, _ = fedgs.choose_kernels("auto", CUDA)
+    flat = flat_network(CONFIG)
+    batch = some_batch(generator)
+    captured = CapturedStep(training_step)
+    captured(flat, batch, CONFIG, kernels)
+    with torch.profiler.profile() as profile:
+        captured(flat, batch, CONFIG, kernels)
+        torch.cuda.synchronize()
+    launches = [event.name for event in profile.events() if "Launch" in event.name]
+    assert launches == ["cudaGraphLaunch"]  # copies are no launches
 
 
 @on_gpu

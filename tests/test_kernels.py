@@ -42,8 +42,8 @@ def all_small(images, device):
     return torch.ones(images, dtype=torch.bool, device=device)
 
 
-def assert_same_difficulty(masks, small, log_base=100.0):
-    area, difficulty, eta = csrc.mask_difficulty(masks, small, log_base)
+def assert_same_difficulty(masks, small, log_base=100.0, operation=csrc.mask_difficulty):
+    area, difficulty, eta = operation(masks, small, log_base)
     expected = fedgs.mask_difficulty(masks, small, log_base)
     assert torch.equal(area, expected[0])
     assert area.dtype == torch.int64
@@ -122,12 +122,13 @@ def step_vectors(n, generator, device, offset=0):
     return [x.clone()[offset:] for x in vectors.to(device)]
 
 
-def assert_same_step(vectors, step, eta, lr=1e-3, **others):
+def assert_same_step(vectors, step, eta, lr=1e-3, operation=csrc.adamw_accumulate_, **others):
     """Both paths start from the same values. With eta None, update is left alone."""
+    step = torch.tensor(step, device=vectors[0].device)
     before = [x.clone() for x in vectors]
     expected = [x.clone() for x in vectors]
     for adamw_accumulate_, given in (
-        (csrc.adamw_accumulate_, vectors),
+        (operation, vectors),
         (fedgs.adamw_accumulate_, expected),
     ):
         theta, grad, m, v, update = given
@@ -175,9 +176,9 @@ def test_a_step_hides_no_bad_gradient(device, value, generator):
 # --------------------------------------------------------------------------------------- aggregate
 
 
-def assert_same_aggregate(total, updates, weights):
+def assert_same_aggregate(total, updates, weights, operation=csrc.aggregate):
     before = total.clone()
-    result, norms, finite = csrc.aggregate(total, updates, weights)
+    result, norms, finite = operation(total, updates, weights)
     expected = fedgs.aggregate(total, updates, weights)
     torch.testing.assert_close(result, expected[0], rtol=1e-5, atol=1e-6, equal_nan=True)
     torch.testing.assert_close(norms, expected[1], rtol=1e-10, atol=0, equal_nan=True)
@@ -243,7 +244,8 @@ def everything(vectors, updates, masks):
     """The results of all three. vectors, theta to update, are copied first."""
     theta, grad, m, v, update = copies = [x.clone() for x in vectors]
     eta = torch.full((), 1.5, device=theta.device)  # made there: a graph may hold this
-    csrc.adamw_accumulate_(theta, grad, m, v, 3, 1e-3, update, eta)
+    step = torch.full((), 3, device=theta.device)
+    csrc.adamw_accumulate_(theta, grad, m, v, step, 1e-3, update, eta)
 
     weights = [1 / len(updates)] * len(updates)
     results = csrc.aggregate(vectors[0], updates, weights)
@@ -297,6 +299,44 @@ def test_indices_are_64_bit():
         assert csrc._kernels.piece(index, size, n) == (begin, min(begin + size, n))
 
 
+# -------------------------------------------------------------------------------- to learn from
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_naive_mask_difficulty(device, dtype, generator):
+    for shape in ((3, 1, 45, 77), (2, 256, 512), (0, 8, 8), (2, 0, 8)):
+        masks, small = random_masks(shape, dtype, 1, generator, device)
+        assert_same_difficulty(masks, small, operation=csrc.naive_mask_difficulty)
+
+
+@on_gpu
+@pytest.mark.parametrize("eta", [1.7, None])
+def test_naive_adamw_accumulate(device, eta, generator):
+    scale = None if eta is None else torch.tensor(eta, device=device)
+    for n, offset in itertools.product(SIZES, (0, 1)):
+        vectors = step_vectors(n, generator, device, offset)
+        assert_same_step(vectors, 7, scale, operation=csrc.naive_adamw_accumulate_)
+
+
+@on_gpu
+def test_naive_aggregate(device, generator):
+    for n, clients in itertools.product(SIZES, (1, 5, 33)):
+        total, *updates = torch.randn(clients + 1, n, generator=generator).to(device)
+        weights = [1 / clients] * clients
+        assert_same_aggregate(total, updates, weights, operation=csrc.naive_aggregate)
+
+
+def test_naive_kernels_are_for_gpus():
+    masks = torch.zeros(2, 4, 4)
+    with pytest.raises(ValueError, match="masks is on cpu: the naive kernels run on CUDA GPUs"):
+        csrc.naive_mask_difficulty(masks, torch.ones(2), 100.0)
+    with pytest.raises(ValueError, match="theta is on cpu"):
+        csrc.naive_adamw_accumulate_(**step_arguments())
+    with pytest.raises(ValueError, match="total is on cpu"):
+        csrc.naive_aggregate(torch.zeros(8), [torch.zeros(8)], [1.0])
+
+
 # --------------------------------------------------------------------------------------- arguments
 
 
@@ -304,7 +344,8 @@ def step_arguments(**changed):
     """Arguments that fit, but for those that are given."""
     names = ("theta", "grad", "m", "v", "update")
     vectors = {name: torch.zeros(8) for name in names}
-    return {**vectors, "step": 1, "lr": 1e-3, "eta": torch.tensor(1.0), **changed}
+    step, eta = torch.tensor(1), torch.tensor(1.0)
+    return {**vectors, "step": step, "lr": 1e-3, "eta": eta, **changed}
 
 
 @pytest.mark.parametrize(
@@ -320,7 +361,11 @@ def step_arguments(**changed):
         ("eta is on meta", {"eta": torch.ones((), device="meta")}),
         ("update and eta go together", {"eta": None}),
         ("update and eta go together", {"update": None}),
-        ("step must count from 1", {"step": 0}),
+        ("step must count from 1, not 0", {"step": torch.tensor(0)}),
+        ("step must be a tensor, not 1", {"step": 1}),
+        ("step must be 0-dim int64", {"step": torch.ones(1, dtype=torch.int64)}),
+        ("step must be 0-dim int64", {"step": torch.tensor(1, dtype=torch.int32)}),
+        ("step is on meta", {"step": torch.ones((), dtype=torch.int64, device="meta")}),
     ],
 )
 def test_steps_that_are_refused(message, changed):
@@ -342,6 +387,8 @@ def test_vectors_that_overlap_are_refused():
         csrc.adamw_accumulate_(**step_arguments(grad=both[:8], m=both[4:]))
     with pytest.raises(ValueError, match="update and eta share memory"):
         csrc.adamw_accumulate_(**step_arguments(update=both[:8], eta=both[3]))
+    with pytest.raises(ValueError, match="step and theta share memory"):
+        csrc.adamw_accumulate_(**step_arguments(theta=both[:8], step=both.view(torch.int64)[0]))
 
 
 def test_neighbours_in_memory_are_not_refused():

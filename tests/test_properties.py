@@ -155,7 +155,9 @@ def test_a_step_is_pytorchs_adamw(kernels, seed, count, size, how):
     for step, (grad, eta) in enumerate(zip(grads, etas, strict=True), start=1):
         reference.grad = grad.clone()
         optimiser.step()
-        kernels.adamw_accumulate_(theta, grad, m, v, step, update=update, eta=eta, **how)
+        kernels.adamw_accumulate_(
+            theta, grad, m, v, torch.tensor(step), update=update, eta=eta, **how
+        )
     close = 1e-6 * count * max(1.0, how["lr"] / 1e-3)
     torch.testing.assert_close(theta, reference.detach(), rtol=1e-5, atol=close)
 
@@ -172,7 +174,9 @@ def test_steps_and_updates_are_the_papers_in_float64(kernels, seed, count, size,
     lr, (beta1, beta2), eps = how["lr"], how["betas"], how["eps"]
 
     for step, (grad, eta) in enumerate(zip(grads, etas, strict=True), start=1):
-        kernels.adamw_accumulate_(theta, grad, m, v, step, update=update, eta=eta, **how)
+        kernels.adamw_accumulate_(
+            theta, grad, m, v, torch.tensor(step), update=update, eta=eta, **how
+        )
         mean = beta1 * mean + (1 - beta1) * grad.double()
         square = beta2 * square + (1 - beta2) * grad.double() ** 2
         root = (square / (1 - beta2**step)).sqrt() + eps
@@ -194,7 +198,9 @@ def test_compiled_steps_are_their_definition(seed, count, size, how):
     same = [x.clone() for x in vectors]
     for step, (grad, eta) in enumerate(zip(grads, etas, strict=True), start=1):
         for kernels, (theta, m, v, update) in ((fedgs, vectors), (csrc, same)):
-            kernels.adamw_accumulate_(theta, grad, m, v, step, update=update, eta=eta, **how)
+            kernels.adamw_accumulate_(
+                theta, grad, m, v, torch.tensor(step), update=update, eta=eta, **how
+            )
     for found, expected in zip(same, vectors, strict=True):
         largest = expected.abs().max().item()
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * largest)
