@@ -34,7 +34,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ from tqdm import tqdm
 from support import files, manifest, standin, volumes
 from support.errors import UserError
 from support.masks import count_values, describe_reading, is_lesion, lesion_values
-from support.pixels import is_saved_in_colour, open_image, open_mask, shows_colour
+from support.pixels import open_image, open_mask
 
 # LiTS's clients are made by the numbers of its volumes.
 LITS_VOLUMES = {
@@ -234,22 +234,6 @@ class Federation:
 # ----------------------------------------------------------------------------------------- loading
 
 
-def locate(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by name, in which the path of a manifest has become a name and a place.
-
-    {"dataset": "cohort/my.csv"} -> {"dataset": "my", "data_root": "cohort/my.csv"}. Raises
-    UserError for a name that no data set can have.
-    """
-    dataset = given.get("dataset", "polypgen")
-    if dataset in CENTRES:
-        return dict(given)
-
-    located = {**given, "dataset": manifest.name_of(Path(dataset))}
-    if not given.get("data_root") and (Path(dataset).exists() or dataset != located["dataset"]):
-        located["data_root"] = dataset
-    return located
-
-
 def find(dataset: str, root: str = "") -> Path | None:
     """The folder of a data set, or the file of a manifest. None for the stand-in: if root is
     "stand-in", or root is empty and there is nothing in datasets/<dataset>.
@@ -285,19 +269,21 @@ def centres_in(dataset: str, root: str = "") -> tuple[str, ...]:
     return manifest.centres_of(manifest.read(find(dataset, root)))
 
 
-def workload(dataset: str, root: Path | None, centre: str) -> int:
-    """How much there is of a centre, before any of it is read: its images, or its volumes."""
+def workloads(dataset: str, root: Path | None, centres: Sequence[str]) -> dict[str, int]:
+    """{centre: how much there is of it}, before any of it is read: its images, or its volumes."""
     if dataset not in CENTRES:
-        return sum(row.centre == centre for row in manifest.read(root))
+        of_rows = [row.centre for row in manifest.read(root)]
+        return {centre: of_rows.count(centre) for centre in centres}
+
     if dataset == "polypgen":
         if root is None:
-            return standin.frames_of(centre)
-        return len(list_pairs(root, centre))
+            return {centre: standin.frames_of(centre) for centre in centres}
+        return {centre: len(list_pairs(root, centre)) for centre in centres}
 
     if root is None:
-        return standin.LITS[centre].volumes
-    numbers = [number for kind, number, _ in volumes.nifti_files(root) if kind == "volume"]
-    return sum(number in LITS_VOLUMES[centre] for number in numbers)
+        return {centre: standin.LITS[centre].volumes for centre in centres}
+    numbers = {number for kind, number, _ in volumes.nifti_files(root) if kind == "volume"}
+    return {centre: len(numbers.intersection(LITS_VOLUMES[centre])) for centre in centres}
 
 
 def load(
@@ -318,15 +304,13 @@ def load(
 ) -> Federation:
     """Read a data set, and split it into clients and a held-out centre.
 
-    dataset, root: as from `find`, root None for the stand-in; centres: those that take part, the
-    held-out one included; out_centre: it, or empty; size: side of the images; tau: a lesion is
-    small if it covers at most 1/tau of its image; split: "fold" (published folds), "centre"
-    (published per-centre split), "grouped" (folds, near-duplicate frames kept together) or "given"
-    (a manifest's own); kind, lesion, window: as Config's images, lesion and window, for one's own
-    data; only: the centres to load here, None for all; cache: folder for what is drawn or decoded
-    once, by default beside the data.
-    Raises UserError for files that are missing or unreadable, centres without images, and a cache
-    that cannot be written.
+    root: its folder or manifest, or None for the stand-in; centres: those that take part, the
+    held-out one included; size: side of the images; tau: a lesion is small if it covers at most
+    1/tau of its image; split: "fold" (published folds), "centre" (published per-centre split),
+    "grouped" (folds, near-duplicate frames kept together) or "given" (a manifest's own); kind,
+    lesion, window: Config's images, lesion and window; only: the centres to load here, None for
+    all; cache: folder for what is drawn or decoded once, by default beside the data.
+    Raises UserError for files and masks that cannot be used, and a cache that cannot be written.
     """
     wanted = [centre for centre in centres if only is None or centre in only]
 
@@ -630,7 +614,6 @@ def published_order(centre: str) -> list[int]:
 
 
 CACHE = "fedgs-cache"  # the folder of slices, beside the volumes that they were cut from
-LOOKED_AT = 50  # of images that are saved in colour so many tell whether they show any
 
 
 def list_own(
@@ -729,9 +712,10 @@ def slices_of_rows(
             if found.lesion:
                 lesion.setdefault(found.lesion, row.mask)
             if len(lesion) > 1:
+                other = next(iter(lesion.values()))
                 raise UserError(
-                    f"the lesions of centre {centre} are {row.mask}'s label {found.lesion[0]}, but "
-                    f"others in {next(iter(lesion.values()))}: say which, as in --lesion "
+                    f"lesions of centre {centre} have the label {found.lesion[0]} in {row.mask}, "
+                    f"and another in {other}: say which are lesion, as in --lesion "
                     f"{found.lesion[0]}"
                 )
             group = f"group {row.group}" if row.group else row.name
@@ -744,37 +728,6 @@ def slices_of_rows(
             )
         masks[centre] = describe_reading(next(iter(lesion)))
     return records, masks
-
-
-def own_options(path: Path) -> dict[str, Any]:
-    """What a manifest says about a run: its centres, the kind of its images, their splits.
-
-    -> {field of Config: value}
-    """
-    rows = manifest.read(path)
-    options = {
-        "images": own_kind(rows),
-        "centres": manifest.centres_of(rows),
-        "out_centre": "",
-        "split": "given" if rows[0].split else "fold",
-    }
-
-    # Slices are measured as LiTS's are, and images as PolypGen's: as Config's defaults are.
-    if options["images"] == "slices":
-        options["tau"] = 1000.0
-        options["log_base"] = 1000.0
-    return options
-
-
-def own_kind(rows: Sequence[manifest.Row]) -> str:
-    """colour, grey or slices: what the rows of a manifest are."""
-    if manifest.is_volume(rows[0].image):
-        return "slices"
-
-    # Many programs save grey images in colour. A few of these, evenly spaced, tell.
-    in_colour = [row.image for row in rows if is_saved_in_colour(row.image)]
-    step = math.ceil(len(in_colour) / LOOKED_AT) or 1
-    return "colour" if any(map(shows_colour, in_colour[::step])) else "grey"
 
 
 # ---------------------------------------------------------------------------------------- decoding
@@ -832,9 +785,11 @@ def read_record(record: Record, reading: Reading) -> Decoded:
     # A mask of another shape was cropped, or is that of another image.
     stretch = abs(image.width * lesion.height - image.height * lesion.width)
     if stretch > 0.01 * image.width * lesion.height:
+        turned = lesion.size == (image.height, image.width)
+        why = " (one of them is turned, perhaps as EXIF says)" if turned else ""
         raise UserError(
             f"{record.mask} is {lesion.width}x{lesion.height}, its image "
-            f"{image.width}x{image.height}"
+            f"{image.width}x{image.height}{why}"
         )
 
     area, by_rule = measure_lesion(lesion, reading)

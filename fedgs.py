@@ -50,7 +50,7 @@ from tqdm import tqdm
 import data
 import metrics
 from models import CODE, SDUTNet, UTNet
-from support import checkpoints, hardware, options, pictures, processes, runs, tables
+from support import checkpoints, hardware, manifest, options, pictures, processes, runs, tables
 from support.errors import UserError, readable_errors
 from support.options import option
 
@@ -894,9 +894,9 @@ def draw_tests(clients: LocalClients, tests: Sequence[CentreTest], heading: str)
     figures = {"predictions.png": pictures.draw_predictions(here, what)}
 
     network = clients.flat.network
-    if isinstance(network, SDUTNet):
-        images = next(images for images, _ in here if len(images))
-        figures["anatomy.png"] = draw_anatomy(network, images, 0, heading)
+    filled = [images for images, _ in here if len(images)]
+    if isinstance(network, SDUTNet) and filled:
+        figures["anatomy.png"] = draw_anatomy(network, filled[0], 0, heading)
     return figures
 
 
@@ -938,9 +938,7 @@ def open_clients(config: Config) -> Iterator[LocalClients]:
 
     # The largest client decides how long a round takes, so it has to be known before any is read.
     root = data.find(config.dataset, config.data_root)
-    work_of = {}
-    for client in config.clients:
-        work_of[client] = data.workload(config.dataset, root, client)
+    work_of = data.workloads(config.dataset, root, config.clients)
     with processes.spread(open_local_clients, config, work_of, count) as spread:
         yield spread
 
@@ -1000,10 +998,10 @@ SHOWN_DEFAULTS = {"lits": DATASETS["lits"], "quick": PRESETS["quick"]}  # by --h
 
 def configure(given: Mapping[str, Any]) -> tuple[Config, str]:
     """Options by name -> Config with the data set's and the preset's values, why this preset."""
-    given = data.locate(given)
+    given = manifest.locate(given)
     dataset = given.get("dataset", Config.dataset)
     root = data.find(dataset, given.get("data_root", ""))
-    of_dataset = DATASETS[dataset] if dataset in DATASETS else data.own_options(root)
+    of_dataset = DATASETS[dataset] if dataset in DATASETS else manifest.options_of(root)
 
     preset = given.get("preset", "auto")
     why = "as asked"

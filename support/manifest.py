@@ -12,6 +12,7 @@ name NIfTI volumes and their segmentations.
 import csv
 import difflib
 import io
+import math
 import operator
 import os
 import re
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from support.errors import UserError
+from support.pixels import is_saved_in_colour, shows_colour
 
 FILE = "manifest.csv"  # its name where a folder is named in its place
 REQUIRED = ("centre", "image", "mask")
@@ -28,6 +30,7 @@ OPTIONAL = ("group", "small", "split")
 FLAGS = {"": None, "true": True, "1": True, "false": False, "0": False}
 PARTS = {"": "", "train": "train", "validation": "validation", "val": "validation", "test": "test"}
 VOLUMES = (".nii", ".nii.gz")
+LOOKED_AT = 50  # of the images that are saved in colour so many tell whether they show any
 
 # Names become parts of file names, columns of tables, and labels of pictures.
 NAME = re.compile(r"[^\W_][\w .'-]{0,59}")
@@ -48,6 +51,28 @@ class Row(NamedTuple):
     split: str  # train, validation or test; empty: by the folds
 
 
+# ----------------------------------------------------------------------- what it is, as options
+
+
+def locate(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by name, in which the path of a manifest has become a name and a place.
+
+    {"dataset": "cohort/my.csv"} -> {"dataset": "my", "data_root": "cohort/my.csv"}. Raises
+    UserError for a name that no data set can have.
+    """
+    dataset = given.get("dataset", "polypgen")
+    if dataset in TAKEN:
+        return dict(given)
+
+    name = name_of(Path(dataset))
+    root = given.get("data_root", "")
+    if root and dataset != name:
+        raise UserError(f"--dataset {dataset} says where the data are: leave out --data-root")
+    if not root and (dataset != name or Path(dataset).exists()):
+        root = dataset
+    return {**given, "dataset": name, "data_root": root}
+
+
 def name_of(path: Path) -> str:
     """What a manifest's data are called: as the file, or as the folder of a manifest.csv.
 
@@ -60,8 +85,9 @@ def name_of(path: Path) -> str:
 
     name = unicodedata.normalize("NFC", name)
     if not NAME.fullmatch(name) or name.lower() in TAKEN:
-        rule = f"a name of your own, of {NAME_RULE}"
-        raise UserError(f"{path}: {name!r} cannot be the name of a data set: choose {rule}")
+        raise UserError(
+            f"{path}: {name!r} cannot be the name of a data set: call it otherwise ({NAME_RULE})"
+        )
     return name
 
 
@@ -70,10 +96,48 @@ def find(path: Path) -> Path:
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise UserError(
-            f"{path}: no such data set: --dataset is polypgen, lits, or a manifest of your own "
-            f"(python -m tools.manifest FOLDER writes one)"
+            f"{path}: no manifest there (polypgen and lits are known by name; name your own with "
+            "--dataset or --data-root; python -m tools.manifest FOLDER writes one)"
         )
     return file
+
+
+def options_of(path: Path) -> dict[str, Any]:
+    """What a manifest decides about a run: its centres, the kind of its images, their splits.
+
+    -> {field of Config: value}
+    """
+    rows = read(path)
+    kind = kind_of(rows)
+    options = {
+        "images": kind,
+        "centres": centres_of(rows),
+        "out_centre": "",
+        "split": "given" if rows[0].split else "fold",
+    }
+
+    # Slices are measured as LiTS's are, so its values are theirs. Images are measured as
+    # PolypGen's, whose values are Config's defaults.
+    if kind == "slices":
+        options["tau"] = 1000.0
+        options["log_base"] = 1000.0
+    return options
+
+
+def kind_of(rows: Sequence[Row]) -> str:
+    """colour, grey or slices: what the images of a manifest are."""
+    if is_volume(rows[0].image):
+        return "slices"
+
+    # Many programs save grey images in colour. Some of these, evenly spaced, tell.
+    in_colour = [row.image for row in rows if is_saved_in_colour(row.image)]
+    step = math.ceil(len(in_colour) / LOOKED_AT) or 1
+    return "colour" if any(map(shows_colour, in_colour[::step])) else "grey"
+
+
+def centres_of(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The names of the centres, in the order of the file."""
+    return tuple(dict.fromkeys(row.centre for row in rows))
 
 
 def is_volume(path: Path) -> bool:
@@ -109,11 +173,6 @@ def read(path: Path) -> list[Row]:
     for unnamed in of_centre.values():
         named.extend(sorted(with_names(path, unnamed), key=operator.attrgetter("name")))
     return named
-
-
-def centres_of(rows: Sequence[Row]) -> tuple[str, ...]:
-    """The names of the centres, in the order of the file."""
-    return tuple(dict.fromkeys(row.centre for row in rows))
 
 
 def read_lines(path: Path) -> list[tuple[int, dict[str, str]]]:

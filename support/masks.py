@@ -24,6 +24,7 @@ from support.pixels import open_mask
 
 BRIGHT = 128  # what is brighter is lesion where edges are soft
 FEW = 16  # up to so many values are classes, more are soft edges
+NOISE = 32  # what JPEG may leave of black
 DARK, LIGHT = 64, 192  # beyond these a pixel counts as black or white
 BLACK_AND_WHITE = 0.95  # share of pixels that are, in masks with soft edges
 LOSSY = (".jpg", ".jpeg", ".jfif", ".webp")  # suffixes of files whose values are not kept exactly
@@ -36,7 +37,7 @@ class Values:
     lossy: bool  # whether any of them may be soft by its format
     pixels: dict[int, int] = field(default_factory=dict)  # value -> its pixels, of all masks
     first: dict[int, Path] = field(default_factory=dict)  # value -> the first mask that holds it
-    dim: Path | None = None  # the first mask that is neither empty nor has a bright pixel
+    dim: Path | None = None  # the first mask that shows something, but nothing bright
 
     @property
     def listed(self) -> str:
@@ -49,7 +50,7 @@ class Values:
 
 def count_values(paths: Sequence[Path]) -> Values:
     """The values of these masks. Raises UserError naming a file that cannot be read."""
-    found = Values(lossy=any(path.suffix.lower() in LOSSY for path in paths))
+    found = Values(lossy=any(map(is_lossy, paths)))
 
     # Several rows may share an empty mask.
     paths = list(dict.fromkeys(paths))
@@ -58,9 +59,21 @@ def count_values(paths: Sequence[Path]) -> Values:
             for value, count in zip(values, counts, strict=True):
                 found.pixels[value] = found.pixels.get(value, 0) + count
                 found.first.setdefault(value, path)
-            if found.dim is None and 0 < values[-1] <= BRIGHT:
+            if found.dim is None and is_dim(path, values):
                 found.dim = path
     return found
+
+
+def is_lossy(path: Path) -> bool:
+    """Whether a file may not keep the values of a mask exactly, by its suffix."""
+    return path.suffix.lower() in LOSSY
+
+
+def is_dim(path: Path, values: Sequence[int]) -> bool:
+    """Whether a mask of these values shows something, but nothing bright."""
+    # JPEG may make a black image one of a single dark grey, and spoils black around edges a little.
+    faint = NOISE if is_lossy(path) else 0
+    return len(values) > 1 and faint < values[-1] <= BRIGHT
 
 
 def values_of(path: Path) -> tuple[list[int], list[int]]:
@@ -88,14 +101,16 @@ def lesion_values(centre: str, found: Values, wanted: Sequence[int] = ()) -> tup
     if highest == 0:
         raise UserError(f"{masks} are all empty, as {example}: leave it out with --centres")
     if len(present) == 1:
-        raise UserError(f"{masks} hold nothing but {highest}, as {example}: where is no lesion?")
+        raise UserError(f"{masks} hold nothing but {highest}, as {example}: what is no lesion?")
     if len(present) == 2 and present[0] == 0:
         return (highest,)
 
     if not found.lossy and len(present) <= FEW:
+        advice = f"say which of them are lesion, as in --lesion {highest}"
+        if present == [0, 1, 255]:
+            advice = "if some are written with 0 and 1, and others with 0 and 255: --lesion 1 255"
         raise UserError(
-            f"{masks} hold the values {found.listed} ({highest} in {example}): say which of them "
-            f"are lesion, as in --lesion {highest}"
+            f"{masks} hold the values {found.listed} ({highest} in {example}): {advice}"
         )
     check_soft(masks, found)
     return ()

@@ -249,7 +249,7 @@ class SpreadClients:
         places = []
         for rank in range(1 + len(self.channels)):
             own = clients_at(rank, self.owners)
-            places.append(f"process {rank}: {' '.join(own)}")
+            places.append(f"process {rank}: {', '.join(own)}")
         return f" each of {len(places)} processes ({'; '.join(places)})"
 
     def train(self, state: Any, round_: int) -> Iterator[Any]:

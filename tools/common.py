@@ -9,7 +9,7 @@ import torch.nn as nn
 
 import data
 from fedgs import DATASETS, Config, build_network, configure
-from support import checkpoints, hardware, options
+from support import checkpoints, hardware, manifest, options
 from support.errors import UserError
 
 # What a bare state dict lacks.
@@ -27,7 +27,7 @@ def open_checkpoint(path: Path, given: Mapping[str, Any]) -> tuple[nn.Module, Co
     """
     # The sums of a test are then those of the test at the end of a run.
     hardware.prepare_torch()
-    given = data.locate(given)
+    given = manifest.locate(given)
 
     weights, about = checkpoints.read_weights(path)
     if about:
