@@ -30,7 +30,7 @@ import itertools
 import math
 import operator
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
@@ -49,6 +49,7 @@ from tqdm import tqdm
 from support import files, manifest, standin, volumes
 from support.errors import UserError
 from support.masks import count_values, describe_reading, is_lesion, lesion_values
+from support.options import shown
 from support.pixels import open_image, open_mask
 
 # LiTS's clients are made by the numbers of its volumes.
@@ -105,10 +106,6 @@ class Reading(NamedTuple):
     window: tuple[float, ...]  # what becomes black and white, of values of more than 8 bits
     size: int  # side of the square that the network sees
     tau: float  # a lesion is small if it covers at most 1/tau of its image
-
-    @property
-    def channels(self) -> int:
-        return channels_of(self.kind)
 
     @property
     def mode(self) -> str:
@@ -377,14 +374,14 @@ def add_centre(
     filled = sum(int((images.inverse_area < 2).sum()) for images in decoded)
     flagged = sum(record.small is not None for record in records) if federation.flags else 0
     federation.facts[centre] = Facts(
-        len(train),
-        len(validation),
-        len(test),
-        flagged,
-        lost,
-        hash_of(decoded),
-        masks,
-        filled > len(records) / 2,
+        train=len(train),
+        validation=len(validation),
+        test=len(test),
+        flagged=flagged,
+        lost=lost,
+        fingerprint=hash_of(decoded),
+        masks=masks,
+        filled=filled > len(records) / 2,
     )
 
 
@@ -631,10 +628,47 @@ def list_own(
     cannot be read, and masks that cannot be understood or hold no lesion.
     """
     rows = manifest.read(path)
+    check_suits(path, rows, centres, kind, split)
+    of_centre = {}
+    folders = set()
+    for row in rows:
+        of_centre.setdefault(row.centre, []).append(row)
+        folders.update(row.image.resolve().parents)
+
+    # All that can be told without reading pixels is looked at before the first are.
+    for centre in centres:
+        manifest.check_files(path, of_centre[centre])
+        for row in of_centre[centre]:
+            if kind == "slices":
+                volumes.check_geometry(row.image, row.mask)
+
+    cut = volumes.Cut(tuple(window), tuple(lesion), fewest=1)
+    cache_folder = Path(cache or path.parent / CACHE)
+    records = []
+    masks = {}
+    for centre in centres:
+        of_rows = of_centre[centre]
+        if kind == "slices":
+            found, values = slices_of_rows(centre, of_rows, cut, cache_folder)
+        else:
+            found, values = images_of_rows(centre, of_rows, lesion, by_looks=split == "grouped")
+        records.extend(found)
+        masks[centre] = describe_reading(values)
+
+    rule = "slices with a lesion" if kind == "slices" else "size flags by rule"
+    flags = "size flags of the manifest"
+    return Listing(manifest.name_of(path), kind, rule, flags, records, folders, masks)
+
+
+def check_suits(
+    path: Path, rows: Sequence[manifest.Row], centres: Sequence[str], kind: str, split: str
+) -> None:
+    """Raise UserError for options that do not suit a manifest."""
     known = manifest.centres_of(rows)
     for centre in centres:
         if centre not in known:
             raise UserError(f"{path} has no centre {centre}: it has {', '.join(known)}")
+
     of_volumes = manifest.is_volume(rows[0].image)
     if of_volumes != (kind == "slices"):
         suits = "slices" if of_volumes else "colour or grey"
@@ -642,95 +676,62 @@ def list_own(
     if split == "given" and not rows[0].split:
         raise UserError(f"--split given: {path} has no column split")
 
-    of_centre = {centre: [row for row in rows if row.centre == centre] for centre in centres}
-    source = manifest.name_of(path)
-    folders = set()
-    for row in rows:
-        folders.update(row.image.resolve().parents)
-
-    flags = "size flags of the manifest"
-    if of_volumes:
-        cut = volumes.Cut(tuple(window), tuple(lesion), fewest=1)
-        cache_folder = Path(cache or path.parent / CACHE)
-        records, masks = slices_of_rows(of_centre, cut, cache_folder)
-        return Listing(source, kind, "slices with a lesion", flags, records, folders, masks)
-
-    records, masks = images_of_rows(of_centre, lesion, split)
-    return Listing(source, kind, "size flags by rule", flags, records, folders, masks)
-
 
 def images_of_rows(
-    of_centre: Mapping[str, Sequence[manifest.Row]], lesion: Sequence[int], split: str
-) -> tuple[list[Record], dict[str, str]]:
-    """Images of a manifest, {centre: its rows}. -> records, {centre: how its masks are read}"""
-    records = []
-    masks = {}
-    for centre, rows in of_centre.items():
-        # Each centre has its own way of writing masks, and all of them tell what it is.
-        values = lesion_values(centre, count_values([row.mask for row in rows]), lesion)
-        masks[centre] = describe_reading(values)
+    centre: str, rows: Sequence[manifest.Row], lesion: Sequence[int], by_looks: bool
+) -> tuple[list[Record], tuple[int, ...]]:
+    """One centre's images in a manifest, and the values of their masks that are lesion.
 
-        # Where no groups are written down, near-duplicates may be looked for.
-        by_looks = split == "grouped" and not any(row.group for row in rows)
-        for row in rows:
-            group = f"group {row.group}" if row.group else row.name
-            records.append(
-                Record(
-                    centre,
-                    row.name,
-                    row.image,
-                    row.mask,
-                    "" if by_looks else group,
-                    row.small,
-                    row.split,
-                    values,
-                )
-            )
-    return records, masks
+    by_looks: near-duplicates are looked for where no groups are written down.
+    """
+    # Each centre has its own way of writing masks, and all of them together tell what it is.
+    values = lesion_values(centre, count_values([row.mask for row in rows]), lesion)
+
+    unknown = by_looks and not any(row.group for row in rows)
+    records = []
+    for row in rows:
+        unit = "" if unknown else row.unit
+        records.append(
+            Record(centre, row.name, row.image, row.mask, unit, row.small, row.split, values)
+        )
+    return records, values
 
 
 def slices_of_rows(
-    of_centre: Mapping[str, Sequence[manifest.Row]], cut: volumes.Cut, cache: Path
-) -> tuple[list[Record], dict[str, str]]:
-    """Slices of a manifest's volumes, as `images_of_rows` gives images."""
-    # What the headers tell is looked at before the first volume is cut.
-    for row in itertools.chain.from_iterable(of_centre.values()):
-        volumes.check_geometry(row.image, row.mask)
-
+    centre: str, rows: Sequence[manifest.Row], cut: volumes.Cut, cache: Path
+) -> tuple[list[Record], tuple[int, ...]]:
+    """One centre's slices of a manifest's volumes, and the labels that are lesion in them."""
     records = []
-    masks = {}
-    for centre, rows in of_centre.items():
-        before = len(records)
-        lesion = {}  # labels -> the first segmentation in which they are lesion
-        for row in tqdm(
-            rows, desc=f"cutting slices of {centre}", unit="volume", leave=False, disable=None
-        ):
-            # Volumes of two folders may have the same name.
-            number = zlib.crc32(str(row.image.resolve()).encode())
-            folder = cache / f"{manifest.base_name(row.image)}-{number:08x}"
-            found = volumes.slice_files(row.image, row.mask, folder, cut)
-            if found.lesion:
-                lesion.setdefault(found.lesion, row.mask)
-            if len(lesion) > 1:
-                other = next(iter(lesion.values()))
-                raise UserError(
-                    f"lesions of centre {centre} have the label {found.lesion[0]} in {row.mask}, "
-                    f"and another in {other}: say which are lesion, as in --lesion "
-                    f"{found.lesion[0]}"
-                )
-            group = f"group {row.group}" if row.group else row.name
-            records.extend(slice_records(centre, row.name, group, found, row.split))
+    lesion = {}  # labels -> the first segmentation that has them
+    bar = tqdm(rows, desc=f"cutting slices of {centre}", unit="volume", leave=False, disable=None)
+    for row in bar:
+        # Volumes of two folders may have the same name, and a volume may be cut in several ways.
+        number = zlib.crc32(repr([str(row.image.resolve()), cut]).encode())
+        folder = cache / f"{manifest.base_name(row.image)}-{number:08x}"
+        found = volumes.slice_files(row.image, row.mask, folder, cut)
+        records.extend(slice_records(centre, row.name, row.unit, found, row.split))
 
-        if len(records) == before:
+        if found.lesion:
+            lesion.setdefault(found.lesion, row.mask)
+        if len(lesion) > 1:
+            (label, other), (second, here) = lesion.items()
             raise UserError(
-                f"no slice with a lesion in centre {centre}, as in {rows[0].mask}: look for other "
-                "values with --lesion, or leave it out with --centres"
+                f"lesions of centre {centre} have the label {shown(label)} in {other}, and "
+                f"{shown(second)} in {here}: say which are lesion, as in --lesion {shown(label)}"
             )
-        masks[centre] = describe_reading(next(iter(lesion)))
-    return records, masks
+
+    if not records:
+        raise UserError(
+            f"no slice with a lesion in centre {centre}, as in {rows[0].mask}: look for other "
+            "values with --lesion, or leave it out with --centres"
+        )
+    return records, next(iter(lesion))
 
 
 # ---------------------------------------------------------------------------------------- decoding
+
+
+AHEAD = 64  # images that are decoded before they are asked for
 
 
 class Decoded(NamedTuple):
@@ -748,23 +749,22 @@ def decode(centre: str, records: Sequence[Record], reading: Reading) -> Images:
     # Filled one by one, so that no image is in memory twice.
     count = len(records)
     size = reading.size
-    images = np.empty((count, reading.channels, size, size), np.uint8)
+    images = np.empty((count, channels_of(reading.kind), size, size), np.uint8)
     masks = np.empty((count, 1, size, size), np.uint8)
     inverse_area = torch.empty(count, dtype=torch.float64)
     small = torch.empty(count, dtype=torch.bool)
     spacing = torch.ones(count, 2, dtype=torch.float64)
 
-    # Pillow decodes and resizes outside the interpreter lock.
-    with ThreadPoolExecutor() as pool:
-        decoded = tqdm(
-            pool.map(functools.partial(read_record, reading=reading), records),
-            total=count,
-            desc=f"reading {centre}",
-            unit="image",
-            leave=False,
-            disable=None,
-        )
-        for i, one in enumerate(decoded):
+    bar = tqdm(
+        read_records(records, reading),
+        total=count,
+        desc=f"reading {centre}",
+        unit="image",
+        leave=False,
+        disable=None,
+    )
+    with bar:
+        for i, one in enumerate(bar):
             images[i] = one.pixels.reshape(size, size, -1).transpose(2, 0, 1)
             masks[i, 0] = one.mask
             inverse_area[i] = one.inverse_area
@@ -775,6 +775,16 @@ def decode(centre: str, records: Sequence[Record], reading: Reading) -> Images:
     pixels = torch.from_numpy(images)
     truth = torch.from_numpy(masks)
     return Images(centre, names, pixels, truth, inverse_area, small, spacing)
+
+
+def read_records(records: Sequence[Record], reading: Reading) -> Iterator[Decoded]:
+    """Images one after another, each decoded a little before it is asked for."""
+    # Pillow decodes and resizes outside the interpreter lock.
+    read = functools.partial(read_record, reading=reading)
+    with ThreadPoolExecutor() as pool:
+        # All at once, threads would be far ahead, and what they have decoded in memory twice.
+        for start in range(0, len(records), AHEAD):
+            yield from pool.map(read, records[start : start + AHEAD])
 
 
 def read_record(record: Record, reading: Reading) -> Decoded:

@@ -50,6 +50,11 @@ class Row(NamedTuple):
     small: bool | None  # None: by rule
     split: str  # train, validation or test; empty: by the folds
 
+    @property
+    def unit(self) -> str:
+        """What stays in one split: its group, or it by itself."""
+        return f"group {self.group}" if self.group else self.name
+
 
 # ----------------------------------------------------------------------- what it is, as options
 
@@ -79,7 +84,9 @@ def name_of(path: Path) -> str:
     Raises UserError for a name that files and tables cannot have.
     """
     where = path.parent if path.name.lower() == FILE else path
-    name = where.name or where.resolve().name
+    if where.name in ("", ".."):
+        where = where.resolve()
+    name = where.name
     if where.suffix.lower() == ".csv":
         name = where.stem
 
@@ -184,6 +191,8 @@ def read_lines(path: Path) -> list[tuple[int, dict[str, str]]]:
         raise UserError(f"cannot read {path}: save it as CSV in UTF-8 ({error.reason})") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    if "\0" in text:
+        raise UserError(f"cannot read {path}: it is no text")
 
     # Where the decimal sign is a comma, they separate columns by semicolons.
     header = text.partition("\n")[0]
@@ -236,8 +245,8 @@ def read_row(path: Path, number: int, cells: Mapping[str, str]) -> Row:
     if not NAME.fullmatch(centre):
         raise UserError(f"{where}: {centre!r} cannot be the name of a centre: {NAME_RULE}")
 
-    image = existing_file(where, path.parent, cells["image"])
-    mask = existing_file(where, path.parent, cells["mask"])
+    image = path_of(path.parent, cells["image"])
+    mask = path_of(path.parent, cells["mask"])
     if image == mask:
         raise UserError(f"{where}: {cells['image']} is the image and its mask")
     if is_volume(image) != is_volume(mask):
@@ -250,17 +259,10 @@ def read_row(path: Path, number: int, cells: Mapping[str, str]) -> Row:
     return Row(number, centre, "", image, mask, cells.get("group", ""), small, split)
 
 
-def existing_file(where: str, folder: Path, cell: str) -> Path:
-    """The file that a cell names. Raises UserError where there is none."""
+def path_of(folder: Path, cell: str) -> Path:
+    """The path that a cell means, below the folder of its manifest."""
     # Spreadsheets of Windows have the other slash.
-    path = Path(os.path.normpath(folder / cell.replace("\\", "/")))
-    try:
-        there = path.is_file()
-    except ValueError:  # a name that no file can have
-        there = False
-    if not there:
-        raise UserError(f"{where}: there is no file {cell} (paths are relative to {folder})")
-    return path
+    return Path(os.path.normpath(folder / cell.replace("\\", "/")))
 
 
 def meaning(where: str, cells: Mapping[str, str], column: str, meanings: Mapping[str, Any]) -> Any:
@@ -273,6 +275,17 @@ def meaning(where: str, cells: Mapping[str, str], column: str, meanings: Mapping
 
 
 # ----------------------------------------------------------------------------- rows among others
+
+
+def check_files(path: Path, rows: Sequence[Row]) -> None:
+    """Raise UserError for files of these rows that are not there.
+
+    Of other rows they may be on other machines.
+    """
+    for row in rows:
+        for file in (row.image, row.mask):
+            if not file.is_file():
+                raise UserError(f"{path}, row {row.number}: there is no file {file}")
 
 
 def check_rows(path: Path, rows: Sequence[Row]) -> None:

@@ -570,9 +570,10 @@ def test_a_round_draws_everything_anew(flat, generator):
 
 def test_no_two_seeds_rounds_or_clients_draw_the_same():
     drawn = set()
-    for seed, round_, client in itertools.product((0, 1, 2), (1, 2, 3), ("C1", "C2", "Oslo")):
+    clients = ("C1", "C2", "Oslo", "C01", "C²")
+    for seed, round_, client in itertools.product((0, 1, 2), (1, 2, 3), clients):
         drawn.add(fedgs.client_generator(seed, round_, client).initial_seed())
-    assert len(drawn) == 27
+    assert len(drawn) == 45
 
 
 def test_a_client_draws_the_same_in_every_process():

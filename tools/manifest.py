@@ -69,7 +69,8 @@ class Matched(NamedTuple):
 
 def find_files(folder: Path) -> list[Path]:
     """Images and volumes in a folder and below, sorted; but no hidden files, and no overlays."""
-    suffixes = tuple(Image.registered_extensions()) + manifest.VOLUMES
+    kinds = Image.registered_extensions()
+    suffixes = (*manifest.VOLUMES, *(suffix for suffix in kinds if kinds[suffix] in Image.OPEN))
     found = []
     for where, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if name.lower() not in SKIPPED]
