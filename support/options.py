@@ -23,7 +23,7 @@ DATASET_HELP = (
     "data set: polypgen, lits, or a manifest of your own, a .csv file or a folder with a "
     "manifest.csv"
 )
-IMAGES_HELP = "what the images are: colour, grey, or slices of volumes"
+IMAGES_HELP = "colour, grey, or slices of volumes; default for your own images: as their files are"
 LESION_HELP = "which values of a mask are lesion; default: as the masks of a centre tell"
 WINDOW_HELP = (
     "the two values that become black and white, of volumes and of images with more than 8 bits; "

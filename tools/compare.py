@@ -434,7 +434,7 @@ def images_of(run: Run, split: str) -> dict[Image, tuple[float, bool]]:
 NOTE = f"""\
 Differences are paired over images and runs of the same fold and seed: their mean ± standard
 deviation over pairs of runs, a 95 % bootstrap interval and the p of a Wilcoxon signed-rank test,
-both over images (slices: volumes) and from {FEWEST_CLUSTERS} of them on.
+both over images (of slices over volumes) and from {FEWEST_CLUSTERS} of them on.
 These tell what other images might have shown, not other seeds: for that see the spread over runs.
 p is not corrected for the number of tests."""
 
