@@ -617,6 +617,7 @@ def drawn_images(count: int, side: int) -> data.Images:
         masks=torch.from_numpy(masks).unsqueeze(1).byte(),
         inverse_area=torch.from_numpy(side**2 / np.maximum(areas, 1)),
         small=torch.ones(count, dtype=torch.bool),
+        spacing=torch.ones(count, 2, dtype=torch.float64),
     )
 
 

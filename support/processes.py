@@ -249,7 +249,7 @@ class SpreadClients:
         places = []
         for rank in range(1 + len(self.channels)):
             own = clients_at(rank, self.owners)
-            places.append(f"process {rank}: {' '.join(own)}")
+            places.append(f"process {rank}: {', '.join(own)}")
         return f" each of {len(places)} processes ({'; '.join(places)})"
 
     def train(self, state: Any, round_: int) -> Iterator[Any]:
@@ -281,7 +281,7 @@ class SpreadClients:
         return {client: tallies[client] for client in self.owners}
 
     def test(self, state: Any) -> list[Any]:
-        """Every centre's test, in the order of the clients, then the held-out centre's."""
+        """Every centre's test, in the order of the clients, then that of a held-out centre."""
         sent = state_on(CPU, state)
         for channel in self.channels.values():
             channel.request("test", sent)
@@ -291,7 +291,8 @@ class SpreadClients:
             tests.extend(channel.answer())
 
         of_centre = {test.centre: test for test in tests}
-        return [of_centre[centre] for centre in (*self.owners, self.federation.out_centre)]
+        order = [*self.owners, self.federation.out_centre]
+        return [of_centre[centre] for centre in order if centre in of_centre]
 
 
 def choose_workers(wanted: str, clients: int, device: torch.device) -> int:

@@ -35,8 +35,8 @@ BEST = {  # checkpoint -> the validation measure in which its round is best
 
 
 def part_name(config: Any) -> str:
-    """Which of the possible splits a run uses, for titles and names: f1 … f5, or centre."""
-    return "centre" if config.split == "centre" else f"f{config.fold}"
+    """Which of the possible splits a run uses, for titles and names: f1 … f5, centre or given."""
+    return config.split if config.split in ("centre", "given") else f"f{config.fold}"
 
 
 def run_name(config: Any) -> str:
@@ -286,7 +286,9 @@ def summarise_tests(tests: Sequence[Any], round_: int | None) -> dict[str, Any]:
     for split in ("in_test", "out_test"):
         tallies = {test.centre: test.tally for test in tests if test.split == split}
         by_centre = {centre: metrics.means(tally) for centre, tally in tallies.items()}
-        summary[split] = metrics.means(sum(tallies.values()))
+        # Without a held-out centre there is nothing to add up.
+        nothing = torch.zeros_like(tests[0].tally)
+        summary[split] = metrics.means(sum(tallies.values(), nothing))
         summary[f"{split}_by_centre"] = by_centre
     return summary
 

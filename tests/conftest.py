@@ -151,6 +151,7 @@ def square_images(
         masks=masks,
         inverse_area=torch.full((count,), size**2 / 12, dtype=torch.float64),
         small=torch.full((count,), small),
+        spacing=torch.ones(count, 2, dtype=torch.float64),
     )
 
 

@@ -283,7 +283,8 @@ def test_a_state_is_a_copy(flat):
     ("options", "kind", "channels"),
     [
         ({}, UTNet, 3),
-        ({"dataset": "lits"}, UTNet, 1),
+        ({"images": "slices"}, UTNet, 1),
+        ({"images": "grey"}, UTNet, 1),
         ({"model": "sd-utnet", "image_size": 48}, SDUTNet, 3),
     ],
 )
@@ -612,9 +613,10 @@ def test_a_round_draws_everything_anew(flat, generator, monkeypatch):
 
 def test_no_two_seeds_rounds_or_clients_draw_the_same():
     drawn = set()
-    for seed, round_, client in itertools.product((0, 1, 2), (1, 2, 3), ("C1", "C2", "Oslo")):
+    clients = ("C1", "C2", "Oslo", "C01", "C²")
+    for seed, round_, client in itertools.product((0, 1, 2), (1, 2, 3), clients):
         drawn.add(fedgs.client_generator(seed, round_, client).initial_seed())
-    assert len(drawn) == 27
+    assert len(drawn) == 45
 
 
 def test_a_client_draws_the_same_in_every_process():
@@ -897,12 +899,12 @@ def test_the_data_are_those_of_the_configuration(monkeypatch):
     monkeypatch.setattr(data, "find", "{} in {}".format)
     monkeypatch.setattr(data, "load", load)
     where = {"centres": ("C2", "C1"), "out_centre": "C1", "cache": "here", "data_root": "there"}
-    which = {"tau": 321.0, "split": "grouped", "fold": 4}
-    config = Config(dataset="lits", image_size=48, **where, **which)
+    which = {"tau": 321.0, "split": "grouped", "fold": 4, "lesion": (2,), "window": (1.0, 2.0)}
+    config = Config(dataset="lits", images="grey", image_size=48, **where, **which)
     fedgs.load_data(config, ["C2"])
     del where["data_root"]
-    place = ("lits", "lits in there")
-    assert given == {**where, **which, "size": 48, "only": ["C2"], "place": place}
+    called = {"size": 48, "kind": "grey", "only": ["C2"], "place": ("lits", "lits in there")}
+    assert given == {**where, **which, **called}
 
 
 def test_the_chosen_kernels_do_the_work(flat, square_root):

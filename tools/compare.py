@@ -23,12 +23,11 @@ from support.files import read_csv
 from support.options import flagged, new_parser
 from support.pictures import draw_comparison, save_figure
 from support.runs import read_results
-from support.tables import aligned, markdown
+from support.tables import SPLITS, aligned, markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SPLITS = {"in_test": "in-test", "out_test": "out-test"}  # name in files -> heading
 PAIRED = ("dice_s", "dice_l", "dice_n", "dice", "lesion_dice")  # that every image has for itself
 FEWEST_CLUSTERS = 10  # with fewer images, or volumes, bootstrap intervals are much too narrow
 SAMPLES = 9999  # bootstrap samples
@@ -435,7 +434,7 @@ def images_of(run: Run, split: str) -> dict[Image, tuple[float, bool]]:
 NOTE = f"""\
 Differences are paired over images and runs of the same fold and seed: their mean ± standard
 deviation over pairs of runs, a 95 % bootstrap interval and the p of a Wilcoxon signed-rank test,
-both over images (LiTS: volumes) and from {FEWEST_CLUSTERS} of them on.
+both over images (of slices over volumes) and from {FEWEST_CLUSTERS} of them on.
 These tell what other images might have shown, not other seeds: for that see the spread over runs.
 p is not corrected for the number of tests."""
 
@@ -448,7 +447,7 @@ def report(sections: Sequence[Section], layout: Callable[[list], str] = aligned)
             f"{section.title}: mean ± standard deviation over runs; n: images, or lesions for "
             "recall, of a run"
         )
-        tables = [summary_rows(section, split) for split in SPLITS]
+        tables = [summary_rows(section, split) for split in splits_of(section)]
         pairs = itertools.combinations(section.groups, 2)
         tables += [difference_rows(section, first, second) for first, second in pairs]
         blocks += [layout(rows) for rows in tables]
@@ -456,6 +455,12 @@ def report(sections: Sequence[Section], layout: Callable[[list], str] = aligned)
     if any(section.differences for section in sections):
         blocks.append(NOTE)
     return "\n\n".join(blocks)
+
+
+def splits_of(section: Section) -> list[str]:
+    """The splits in which anything was tested: without a held-out centre there is no out-test."""
+    tested = {split for (split, _, _), summary in section.summaries.items() if summary.runs}
+    return [split for split in SPLITS if split in tested]
 
 
 def summary_rows(section: Section, split: str) -> list[list[str]]:
@@ -488,12 +493,13 @@ def difference_rows(section: Section, first: str, second: str) -> list[list[str]
     """A row for each measure, with difference, p and number of images in either split."""
     pairs = section.differences[first, second, "in_test", "dice"].pairs
     header = [f"{second} - {first} ({plural(pairs, 'pair')} of runs)"]
-    for heading in SPLITS.values():
-        header += [heading, "p", "images"]
+    splits = splits_of(section)
+    for split in splits:
+        header += [SPLITS[split], "p", "images"]
 
     rows = [header]
     for measure in PAIRED:
-        found = [section.differences[first, second, split, measure] for split in SPLITS]
+        found = [section.differences[first, second, split, measure] for split in splits]
         if not any(difference.images for difference in found):
             continue
         row = [MEASURES[measure]]
