@@ -50,9 +50,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def to_csv(rows: Sequence[dict]) -> str:
-    """Dictionaries as CSV text with a header. What one of them lacks is an empty cell."""
+    """Dictionaries with equal keys as CSV text with a header."""
     text = io.StringIO()
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = list(rows[0]) if rows else []
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

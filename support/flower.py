@@ -25,17 +25,16 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.app import Array as FlowerArray
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
 import data
 import metrics
 from support import checkpoints, hardware, options, processes, runs
-from support.errors import UserError, for_people
+from support.errors import UserError
 from support.options import option
 
 MESSAGES = {  # what Flower calls a request -> what a hospital then does, in this order
@@ -398,11 +397,13 @@ class HospitalClients:
         while asked:
             self._send(what, asked, record, number)
             for centre, reply in self._replies(asked):
-                try:
-                    answers[centre] = self._read(what, centre, asked[centre], reply)
+                answer, problem = self._look_at(what, centre, asked[centre], reply)
+                if problem:
+                    self._failed(centre, problem, asked, problems)
+                else:
+                    answers[centre] = answer
                     del asked[centre]
-                except Refusal as error:
-                    self._failed(centre, str(error), asked, problems)
+
             for centre, turn in list(asked.items()):
                 if time.monotonic() > turn.until:
                     waited = f"in {self.policy.patience:g} s"
@@ -492,6 +493,15 @@ class HospitalClients:
 
     # ---------------------------------------------------------------------- reading, and refusing
 
+    def _look_at(
+        self, what: str, centre: str, turn: Asked, reply: Message
+    ) -> tuple[dict[str, Any], str]:
+        """-> what a reply says, and why it cannot be used; one of the two is empty."""
+        try:
+            return self._read(what, centre, turn, reply), ""
+        except Refusal as error:
+            return {}, str(error)
+
     def _read(self, what: str, centre: str, turn: Asked, reply: Message) -> dict[str, Any]:
         """A reply's content, checked. Raises Refusal"""
         if reply.has_error():
@@ -520,7 +530,7 @@ class HospitalClients:
             raise Refusal("answered for another centre")
         known = self.about.get(centre)
         if known is None:
-            if not IDENTITY <= set(about):
+            if not set(about) >= IDENTITY:
                 raise Refusal("sent an answer that lacks something")
             counts = [about[name] for name in data.Facts._fields if name != "fingerprint"]
             if not all(isinstance(count, int) and count >= 0 for count in counts):

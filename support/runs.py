@@ -4,6 +4,7 @@ Files are written whole or not at all. resume.pt comes last in a round, results.
 until they are there, the round or the run has not ended.
 """
 
+import itertools
 import json
 import math
 import platform
@@ -124,7 +125,7 @@ class Folder:
                 checkpoints.save(self.path / f"{name}.pt", weights)
 
         checkpoints.save(self.path / "last.pt", weights)
-        write_text(self.path / "rounds.csv", to_csv(history))
+        write_text(self.path / "rounds.csv", to_csv(same_columns(history)))
         progress = {
             "state": tuple(server.state),
             "velocity": server.velocity,
@@ -232,6 +233,12 @@ def mark_missing(
     images = sum(facts.validation for facts in federation.facts.values())
     if validated < images:
         row[VALIDATED] = f"{validated} of {images}"
+
+
+def same_columns(history: Sequence[dict]) -> list[dict]:
+    """The rounds as rows of one table: where a column is another round's, the cell is empty."""
+    columns = dict.fromkeys(itertools.chain.from_iterable(history), "")
+    return [{**columns, **row} for row in history]
 
 
 def describe_round(row: dict[str, Any], rounds: int) -> str:

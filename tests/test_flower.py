@@ -13,7 +13,7 @@ from conftest import assert_same_weights, rows, without_time
 
 pytest.importorskip("flwr", reason="flwr is not installed, or this Python is older than 3.11")
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import Array, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.supercore.inflatable import inflatable_object, inflatable_utils
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -570,7 +570,7 @@ def test_a_run_stops_below_its_quorum_and_can_go_on(quick, alone, policy, words)
 
 
 def test_the_final_test_needs_everybody(quick):
-    with pytest.raises(UserError, match="hospital C6 failed .*all are needed"):
+    with pytest.raises(UserError, match=r"hospital C6 failed .*all are needed"):
         quick(absent("C6", "evaluate.test"), replace(PATIENT, allow_missing=True, quorum=1))
 
 

@@ -9,10 +9,11 @@ import shlex
 from dataclasses import fields
 from typing import Any
 
-import fedgs
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+
+import fedgs
 from support import flower, options
 
 server = ServerApp()
