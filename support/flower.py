@@ -21,7 +21,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +78,9 @@ class Refusal(UserError):
 # --------------------------------------------------------------------------------- what crosses
 
 
-def pack_state(state: Any) -> ArrayRecord:
-    """Tensors of the network, float32 and int64, which arrive bit for bit."""
-    return ArrayRecord({name: FlowerArray(x.cpu().numpy()) for name, x in named(state).items()})
-
-
-def named(state: Any) -> dict[str, Tensor]:
-    """{name: tensor} of a state."""
-    return state._asdict()
+def pack(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Tensors, float32, float64 or int64, which arrive bit for bit."""
+    return ArrayRecord({name: FlowerArray(x.cpu().numpy()) for name, x in tensors.items()})
 
 
 def unpack(record: ArrayRecord, expected: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
@@ -98,10 +93,12 @@ def unpack(record: ArrayRecord, expected: Mapping[str, Tensor], what: str) -> di
 
     tensors = {}
     for name, like in expected.items():
+        # Bytes that are no array can raise anything.
         try:
             array = record[name].numpy()
-        except Exception as error:  # whatever numpy says of bytes that are no array
+        except Exception as error:
             raise Refusal(f"{what} cannot be read ({name})") from error
+
         wanted = like.cpu().numpy()
         if array.shape != wanted.shape or array.dtype != wanted.dtype:
             raise Refusal(
@@ -127,17 +124,23 @@ def layout(network: torch.nn.Module) -> str:
     return hashlib.blake2b(json.dumps(shapes).encode(), digest_size=8).hexdigest()
 
 
+def decided(config: Any) -> set[str]:
+    """Names of the options that the coordinator decides for everybody."""
+    # What may change when a run goes on says where and how long it computes: that is each place's
+    # own affair. Kernels are not, since they decide the last bits.
+    of_each_place = options.flagged(config, "free") | options.flagged(config, "path")
+    everything = {f.name for f in fields(config)}
+    return everything - of_each_place | {"kernels"}
+
+
 def settings(config: Any) -> str:
-    """What the coordinator decides for everybody, as JSON: no path, and nothing of its machine."""
-    here = options.flagged(config, "free") | options.flagged(config, "path")
-    values = {name: value for name, value in asdict(config).items() if name not in here}
-    return json.dumps({**values, "kernels": config.kernels})
+    """The coordinator's decisions as JSON: no path, and nothing of its machine."""
+    return json.dumps({name: getattr(config, name) for name in sorted(decided(config))})
 
 
 def describe(clients: Any, config: Any, centre: str, version: str) -> dict[str, Any]:
     """Who answers: with which programs, and of which data. Every answer brings it."""
     federation = clients.federation
-    facts = federation.facts[centre]
     return {
         "centre": centre,
         "version": version,
@@ -148,7 +151,7 @@ def describe(clients: Any, config: Any, centre: str, version: str) -> dict[str, 
         "threads": torch.get_num_threads(),
         "source": federation.source,
         "rule": federation.rule,
-        **facts._asdict(),
+        **federation.facts[centre]._asdict(),
     }
 
 
@@ -187,47 +190,50 @@ def answer(
     # The coordinator decides what is computed. Where data lie and what is written stays ours.
     config = own_config(request["config"], here, method)
     clients = method.open_local_clients(config, [centre])
-    content = RecordDict(
-        {"about": ConfigRecord(describe(clients, config, centre, method.__version__))}
-    )
+    about = describe(clients, config, centre, method.__version__)
+    content = RecordDict({"about": ConfigRecord(about)})
 
     tasks = MESSAGES[message.metadata.message_type]
     if tasks:
-        expected = clients.flat.state()
-        record = message.content["state"]
-        state = expected._make(unpack(record, named(expected), "the server's state").values())
+        like = clients.flat.state()
+        arrived = unpack(message.content["state"], like._asdict(), "the server's state")
+        state = like._replace(**arrived)
+
+    # Validation first: training goes on from the state in the same network.
     if "validate" in tasks:
-        tally = clients.evaluate(state).get(centre)
-        if tally is not None:
-            content["tally"] = ArrayRecord({"tally": FlowerArray(tally.numpy())})
+        tally = clients.evaluate(state)[centre]
+        content["tally"] = pack({"tally": tally})
     if "train" in tasks:
         [update] = clients.train(state, request["round"])
-        tensors = {"vector": update.vector, "buffers": update.buffers, "counters": update.counters}
-        arrays = {name: FlowerArray(x.cpu().numpy()) for name, x in tensors.items()}
-        content["update"] = ArrayRecord(arrays)
+        parts = {"vector": update.vector, "buffers": update.buffers, "counters": update.counters}
+        content["update"] = pack(parts)
         content["log"] = pack_log(update.log)
     if "test" in tasks:
         [test] = clients.test(state)
-        keep_test(clients, test, config, folder / f"test-{int(request['round'])}", method)
-        content["tally"] = ArrayRecord({"tally": FlowerArray(test.tally.numpy())})
+        own = folder / runs.run_name(config) / f"test-{int(request['round'])}"
+        keep_test(clients, test, config, own, method)
+        content["tally"] = pack({"tally": test.tally})
     return content
 
 
 def own_config(text: str, here: Mapping[str, Any], method: Any) -> Any:
     """The coordinator's settings with this hospital's own places. Raises UserError."""
     known = {f.name: f for f in fields(method.Config)}
-    own = (options.flagged(method.Config, "free") | options.flagged(method.Config, "path")) - {
-        "kernels"
-    }
+    theirs = decided(method.Config)
     values = {}
     for name, value in json.loads(text).items():
-        if name in own or name not in known or not options.plausible(known[name], value):
+        if name not in theirs or not options.plausible(known[name], value):
             raise Refusal("does not take one of the server's settings: another version?")
         values[name] = tuple(value) if isinstance(value, list) else value
 
-    places = {name: str(here.get(name.replace("_", "-"), "")) for name in ("data_root", "cache")}
-    device = str(here.get("device", "auto"))
-    return method.settle(method.Config(**values, **places, device=device, workers="1"))
+    config = method.Config(
+        **values,
+        data_root=str(here.get("data-root", "")),
+        cache=str(here.get("cache", "")),
+        device=str(here.get("device", "auto")),
+        workers="1",
+    )
+    return method.settle(config)
 
 
 def keep_test(clients: Any, test: Any, config: Any, folder: Path, method: Any) -> None:
@@ -387,7 +393,7 @@ class HospitalClients:
         what: a key of MESSAGES; number: the round, or which test. A hospital that fails is asked
         again. Raises UserError, naming everyone that failed, where the policy does not go on.
         """
-        record = None if state is None else pack_state(state)
+        record = None if state is None else pack(state._asdict())
         asked = {}
         for centre in centres:
             asked[centre] = Asked(self.policy.attempts, time.monotonic() + self.policy.patience)

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import datetime
 import getpass
+import inspect
 import ipaddress
 import json
 import os
@@ -54,16 +55,27 @@ def make_certificates(folder: Path) -> None:
         constraints = x509.BasicConstraints(ca=is_authority, path_length=None)
         return builder.add_extension(constraints, critical=True)
 
-    # The authority's own key is not kept: nobody can make another certificate with it.
+    def add(builder: Any, extension: Any) -> Any:
+        return builder.add_extension(extension, critical=False)
+
+    # The authority's own key is not kept: nobody can make another certificate with it. What is
+    # said besides names is what newer versions of Python insist on.
     authority = ec.generate_private_key(ec.SECP256R1())
+    identity = x509.SubjectKeyIdentifier.from_public_key(authority.public_key())
+    signs = dict.fromkeys(inspect.signature(x509.KeyUsage).parameters, False)
+    signs["key_cert_sign"] = True
     ca = build("FedGS demonstration", "FedGS demonstration", authority, True)
-    (folder / "ca.crt").write_bytes(pem(ca.sign(authority, hashes.SHA256())))
+    ca = ca.add_extension(x509.KeyUsage(**signs), critical=True)
+    ca = add(ca, identity).sign(authority, hashes.SHA256())
+    (folder / "ca.crt").write_bytes(pem(ca))
 
     key = ec.generate_private_key(ec.SECP256R1())
     names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address(HOST))]
     server = build("localhost", "FedGS demonstration", key, False)
-    server = server.add_extension(x509.SubjectAlternativeName(names), critical=False)
-    (folder / "server.crt").write_bytes(pem(server.sign(authority, hashes.SHA256())))
+    server = add(server, x509.SubjectAlternativeName(names))
+    signed_by = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identity)
+    server = add(server, signed_by).sign(authority, hashes.SHA256())
+    (folder / "server.crt").write_bytes(pem(server))
     write_secret(folder / "server.key", private_bytes(key, "TraditionalOpenSSL"))
 
 

@@ -18,7 +18,7 @@ from flwr.supercore.inflatable import inflatable_object, inflatable_utils
 from flwr.supercore.task_identity import TaskIdentity
 
 import fedgs
-from support import flower
+from support import flower, runs
 from support.errors import UserError
 from tools import flower_apps
 
@@ -183,6 +183,7 @@ def enter(context):
 def test_hospitals_are_one_process(config, nodes, options, tmp_path):
     """Their answers cross as bytes, and come in any order."""
     config = replace(config, **options)
+    name = runs.run_name(config)
     fedgs.run(replace(config, out=str(tmp_path / "alone")))
     run(Grid(nodes), replace(config, out=str(tmp_path / "run")))
     assert_equal_runs(tmp_path / "alone", tmp_path / "run")
@@ -192,11 +193,12 @@ def test_hospitals_are_one_process(config, nodes, options, tmp_path):
     assert not (tmp_path / "run" / "predictions.png").exists()
     own = []
     for centre in CENTRES:
-        own += rows(tmp_path / centre / "test-1" / "scores.csv")
+        own += rows(tmp_path / centre / name / "test-1" / "scores.csv")
     of_one = [row for row in rows(tmp_path / "alone" / "scores.csv") if row["checkpoint"] == "best"]
     assert own == [{name: x for name, x in row.items() if name != "checkpoint"} for row in of_one]
-    assert (tmp_path / "C4" / "test-1" / "predictions.png").exists()
-    assert_same_weights(tmp_path / "C4" / "test-1" / "tested.pt", tmp_path / "run" / "best.pt")
+    own = tmp_path / "C4" / name / "test-1"
+    assert (own / "predictions.png").exists()
+    assert_same_weights(own / "tested.pt", tmp_path / "run" / "best.pt")
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def test_real_hospitals_are_one_process(federation, square_root, tmp_path, optio
     assert exit_code(fedgs.main, [*options, *where, "--out", tmp_path / "alone"]) == 0
     torch.set_num_threads(threads)
 
-    arguments = [*options, "--threads", "1", "--patience", "200", "--out", str(tmp_path / "run")]
+    arguments = [*options, "--threads", "1", "--patience", "900", "--out", str(tmp_path / "run")]
     said = "\n".join(loopback.follow_run(federation, arguments))
     assert (tmp_path / "run" / "results.json").exists(), said
     for name in ("last", "best", "best_small"):
@@ -83,7 +83,7 @@ def test_a_damaged_file_is_told_of_at_the_hospital_alone(federation, square_root
     damaged = data / "images_C5" / "03.jpg"
     damaged.write_bytes(damaged.read_bytes()[:200])
     try:
-        arguments = [*OPTIONS, "--patience", "100", "--out", str(tmp_path / "run")]
+        arguments = [*OPTIONS, "--patience", "900", "--out", str(tmp_path / "run")]
         said = "\n".join(loopback.follow_run(federation, arguments))
     finally:
         shutil.rmtree(data)

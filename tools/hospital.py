@@ -226,7 +226,7 @@ def demo(given: Mapping, arguments: Sequence[str], folder: Path) -> None:
 
     if not (folder / "run" / "results.json").exists():
         raise UserError(f"the run did not end well: see above, and the logs in {folder}")
-    print(f"\neach hospital's own tables and pictures: {folder}/hospital-*/results/test-1")
+    print(f"\neach hospital's own tables and pictures: {folder}/hospital-*/results")
     if "proxy" in running.ports:
         received, sent = loopback.bytes_of(running)
         print(f"through the proxy: {received / 2**20:.1f} MiB in, {sent / 2**20:.1f} MiB out")
