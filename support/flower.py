@@ -199,7 +199,6 @@ def answer(
         arrived = unpack(message.content["state"], like._asdict(), "the server's state")
         state = like._replace(**arrived)
 
-    # Validation first: training goes on from the state in the same network.
     if "validate" in tasks:
         tally = clients.evaluate(state)[centre]
         content["tally"] = pack({"tally": tally})

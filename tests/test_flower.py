@@ -606,6 +606,15 @@ def test_a_hospital_loads_its_own_centre_from_its_own_folder(config, nodes, monk
     assert b"/server" not in grid.crossed
 
 
+def test_a_hospital_takes_as_many_threads_as_all_others(config, nodes, monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    meet(Grid(nodes), config, replace(PATIENT, threads=3))
+    assert taken == [3, 3, 3]
+    meet(Grid(nodes), config)
+    assert taken == [3, 3, 3]  # each its own
+
+
 @pytest.mark.parametrize(
     "setting",
     [{"data_root": "/etc"}, {"out": "/etc"}, {"device": "cpu"}, {"method": "mine"}, {"extra": 1}],
