@@ -362,6 +362,7 @@ class Update:
     buffers: Tensor
     counters: Tensor
     log: ClientLog
+    share: float = 1.0  # sum of w_j over the clients of this round: less where one is missing
 
 
 class Batch(NamedTuple):
@@ -725,8 +726,8 @@ class Server:
         refused = []
 
         for group in in_groups(updates, self.GROUP):
-            # velocity <- velocity + sum_k w_k Delta_k
-            weights = [self.weights[update.client] for update in group]
+            # velocity <- velocity + sum_k w_k Delta_k, where the w_k of those who report sum to 1
+            weights = [self.weights[update.client] / update.share for update in group]
             vectors = [update.vector for update in group]
             velocity, squared_norms, finite = self.kernels.aggregate(velocity, vectors, weights)
 
@@ -804,18 +805,19 @@ def federate(
 # ------------------------------------------------------------------------------------- a whole run
 
 
-def run(config: Config, why: str = "as given") -> dict:
+def run(config: Config, why: str = "as given", open_hospitals: Callable | None = None) -> dict:
     """Train round by round, keep everything in the run's folder, test, draw. -> results.json
 
-    why: the reason for the preset, for the header. Raises UserError where options, data or folder
-    cannot be used, before anything is written, and for a round that is refused.
+    why: the reason for the preset, for the header; open_hospitals: in place of `open_clients`,
+    where the clients are real hospitals (support/flower.py). Raises UserError where options, data
+    or folder cannot be used, before anything is written, and for a round that is refused.
     """
     # Everything that can be refused is refused here: nothing is loaded or written yet.
     config = settle(config)
     folder = runs.Folder(config)
     folder.check({"config": asdict(config)})
 
-    with open_clients(config) as clients:
+    with (open_hospitals or open_clients)(config) as clients:
         # Now the data are known. A run may only go on with those that it began with.
         federation = clients.federation
         options.check_sizes(config, federation.facts)
@@ -869,6 +871,7 @@ def train(
         for round_, logs, validation in federate(server, clients, config):
             seconds = time.perf_counter() - start
             row = runs.round_row(round_, logs, validation, seconds, federation.source)
+            runs.mark_missing(row, config.clients, federation, validation)
             history.append(row)
 
             # The round is over with resume.pt, from which its other files follow.
@@ -920,6 +923,8 @@ def draw_tests(clients: LocalClients, tests: Sequence[CentreTest], heading: str)
     """Pictures of the network that was tested, on images of this process. -> {file name: figure}"""
     # Images of other processes have stayed there, and the picture says whose it shows.
     here = [(test.images, test.evaluation) for test in tests if test.images is not None]
+    if not here:
+        return {}
     whose = ""
     if len(here) < len(tests):
         whose = " of " + ", ".join(images.centre for images, _ in here)

@@ -5,7 +5,9 @@ say nothing that it does not, and are written again when the run goes on. The ru
 results.json, which vouches for the tables beside it.
 """
 
+import itertools
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -32,6 +34,7 @@ BEST = {  # checkpoint -> the validation measure in which its round is best
     "best": "dice",
     "best_small": "dice_s",
 }
+VALIDATED = "validated"  # column of rounds.csv where not all hospitals validated: images of images
 
 
 def part_name(config: Any) -> str:
@@ -150,7 +153,8 @@ class Folder:
         self, server: Any, weights: dict, history: Sequence[dict], validation: dict
     ) -> None:
         """Write what a round leaves. weights: the network's state dict after it."""
-        for name, measure in BEST.items():
+        # A mean over fewer hospitals cannot be compared: best only moves where all validated.
+        for name, measure in BEST.items() if VALIDATED not in history[-1] else ():
             # Where no validation image is small, Dice decides about best_small, too.
             if not validation[measure]["n"]:
                 measure = "dice"
@@ -177,7 +181,7 @@ class Folder:
             if best["round"] == len(history):
                 checkpoints.save(self.path / f"{name}.pt", weights)
         checkpoints.save(self.path / "last.pt", weights)
-        self._write_table("rounds.csv", to_csv(history))
+        self._write_table("rounds.csv", to_csv(same_columns(history)))
 
     def _write_table(self, name: str, text: str) -> None:
         self.checksums[name] = write_text(self.path / name, text)
@@ -267,11 +271,37 @@ def round_row(
     return row
 
 
+def mark_missing(
+    row: dict[str, Any], clients: Sequence[str], federation: Any, validation: dict
+) -> None:
+    """Add to a round's row which clients sent no update, and over how many images it validated.
+
+    Nothing is added where all took part, as they always do in one process.
+    """
+    missing = [client for client in clients if f"loss_{client}" not in row]
+    for client in missing:
+        row[f"loss_{client}"] = math.nan
+        row[f"update_norm_{client}"] = math.nan
+    if missing:
+        row["missing"] = " ".join(missing)
+
+    validated = validation["dice"]["n"]
+    images = sum(facts.validation for facts in federation.facts.values())
+    if validated < images:
+        row[VALIDATED] = f"{validated} of {images}"
+
+
+def same_columns(history: Sequence[dict]) -> list[dict]:
+    """The rounds as rows of one table: where a column is another round's, the cell is empty."""
+    columns = dict.fromkeys(itertools.chain.from_iterable(history), "")
+    return [{**columns, **row} for row in history]
+
+
 def describe_round(row: dict[str, Any], rounds: int) -> str:
     """The line that a round leaves on the terminal."""
     losses = [value for name, value in row.items() if name.startswith("loss_")]
     return (
-        f"round {row['round']:>3}/{rounds}   loss {np.mean(losses):.3f}   η {row['eta']:.3f}   "
+        f"round {row['round']:>3}/{rounds}   loss {np.nanmean(losses):.3f}   η {row['eta']:.3f}   "
         f"validation: Dice {row['dice']:.3f}   Dice_S {row['dice_s']:.3f}   "
         f"Dice_L {row['dice_l']:.3f}   ({row['seconds']:.1f} s)"
     )
