@@ -85,7 +85,7 @@ def tiny_network(config: fedgs.Config) -> nn.Module:
 
 def tiny_federation(config: fedgs.Config, centres: tuple) -> data.Federation:
     """Two clients and a held-out centre, with a square to find in each image."""
-    federation = data.Federation("squares", "memory", "every other one is small", 16, "C6")
+    federation = data.Federation("squares", "memory", "every other one is small", "", 16, "C6")
     generator = torch.Generator().manual_seed(1)
     for centre in centres:
         images = square_images(centre, 6, generator, size=16)

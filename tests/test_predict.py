@@ -259,9 +259,7 @@ def test_the_network_sees_an_image_as_in_training(tmp_path, generator):
         seen.append(images)
         return bright(images, size)
 
-    assert (
-        segment({"a": tmp_path / "a.png"}, tmp_path / "out", "polypgen", 32, SOURCE, network) == []
-    )
+    assert segment({"a": tmp_path / "a.png"}, tmp_path / "out", "colour", 32, SOURCE, network) == []
     resized = Image.fromarray(pixels.numpy()).resize((32, 32), Image.Resampling.BILINEAR)
     assert torch.equal(seen[0], torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None])
 
@@ -459,7 +457,7 @@ def test_a_lesion_of_a_volume_stays_in_its_place(tmp_path):
     hu = np.full((32, 20, 3), -200, np.int16)
     hu[4:14, 12:18, 1] = 200
     nibabel.Nifti1Image(hu, np.eye(4)).to_filename(tmp_path / "a.nii")
-    assert segment({"a": tmp_path / "a.nii"}, tmp_path / "out", "lits", 64) == []
+    assert segment({"a": tmp_path / "a.nii"}, tmp_path / "out", "slices", 64) == []
     mask = np.asarray(nibabel.load(tmp_path / "out" / "a_mask.nii.gz").dataobj)
     assert np.array_equal(mask > 0, hu > 0)
 
