@@ -6,15 +6,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import exit_code, refused, rows, shrink_stand_ins, square_images
+from matplotlib.figure import Figure
 from PIL import Image
 
 import data
 import fedgs
 from support import pictures
 from tools import look
-
-# The frames of `square_root` at their own size.
-SQUARES = ["--image-size", "64"]
 
 
 @pytest.fixture
@@ -121,6 +119,18 @@ def test_lesions_are_counted_with_their_diagonals():
     assert look.measure_lesions(mask) == (2, 32)
 
 
+def test_a_lesion_may_be_larger_than_what_is_around_it():
+    mask = np.ones((8, 8), np.uint8)
+    mask[0] = 0
+    assert look.measure_lesions(mask) == (1, 64 / 56)
+
+
+def test_quantiles_are_those_of_images_with_a_lesion():
+    areas = np.array([10.0, math.inf, 20.0, 30.0])
+    assert look.quantile_cells(areas) == ["11.0", "15.0", "20.0", "25.0", "29.0"]
+    assert look.quantile_cells(areas[1:2]) == ["–"] * 5
+
+
 def alike_parts(generator):
     """Two training images that are the same, one of which is a test image, too."""
     train = square_images("C1", 4, generator)
@@ -183,11 +193,24 @@ def test_what_is_said_of_all_is_weighted_by_steps(square_root, capsys):
 
 
 def test_the_suggestion_is_made_of_training_images(square_root):
-    config = look.choose_config({"data_root": str(square_root), "image_size": 64})
+    # At 512, lesions are measured as the rule measures them.
+    given = {"data_root": str(square_root), "image_size": 512, "centres": ["C1", "C2"]}
+    given["out_centre"] = ""
+    config = look.choose_config(given)
     federation = fedgs.load_data(config, config.centres)
     parts = [look.parts_of(federation, centre) for centre in config.centres]
     centres = [look.measure(of_centre, "colour") for of_centre in parts]
     said = look.predict_suggested(config, federation, centres)
+
+    # What it would do is what it does when it is chosen.
+    words = said.split()
+    tau = float(words[words.index("--tau") + 1])
+    log_base = float(words[words.index("--log-base") + 1])
+    chosen = look.choose_config({**given, "tau": tau, "log_base": log_base})
+    loaded = fedgs.load_data(chosen, chosen.centres)
+    effect = look.predict_chosen(chosen, loaded)["all"]
+    assert f"marks {effect.small:.1%} of" in said
+    assert f"scale {effect.scaled:.1%} of the steps; mean η {effect.eta:.3f}" in said
 
     # Whatever is tested on may be of any size.
     for centre in centres:
@@ -199,14 +222,15 @@ def test_the_suggestion_is_made_of_training_images(square_root):
 
 def test_files_are_written_once(square_root, tmp_path, capsys):
     out = tmp_path / "out"
-    arguments = ["--data-root", square_root, *SQUARES, "--out", out]
+    where = ["--data-root", square_root, "--image-size", "64", "--centres", "C1", "C6"]
+    arguments = [*where, "--out", out]
     assert exit_code(look.main, arguments) == 0
     assert {path.name for path in out.iterdir()} == {"look.png", "look.csv"}
     with Image.open(out / "look.png") as picture:
         assert picture.width > 1000
 
     table = rows(out / "look.csv")
-    assert len(table) == 91
+    assert len(table) == 24
     held_out = [row for row in table if row["split"] == "out_test"]
     assert {row["centre"] for row in held_out} == {"C6"}
     assert table[0]["data"] == "PolypGen"
@@ -246,6 +270,29 @@ def test_slices_are_looked_at_by_all_of_their_lesions(tmp_path, monkeypatch, cap
 def test_drawn_images_are_small_unless_a_size_is_given():
     assert look.choose_config({"data_root": "stand-in"}).image_size == 80
     assert look.choose_config({"data_root": "stand-in", "image_size": 96}).image_size == 96
+
+
+def test_near_duplicates_across_splits_are_warned_of(tmp_path, capsys):
+    path = manifest_of(tmp_path, {"Oslo": 20})
+    first = (tmp_path / "Oslo0.png").read_bytes()
+    for i in range(20):
+        (tmp_path / f"Oslo{i}.png").write_bytes(first)
+    arguments = ["--dataset", path, "--image-size", "32"]
+
+    assert exit_code(look.main, arguments) == 0
+    assert (
+        "near-duplicates are in several splits of Oslo: --split grouped" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(("count", "listed"), [(3, ["A0", "A1", "A2"]), (20, ["20 centres"])])
+def test_histograms_name_their_centres_while_there_is_room(varied, count, listed):
+    centre = look.measure({"train": varied}, "grey")
+    centres = [centre._replace(name=f"A{i}") for i in range(count)]
+    axes = Figure().subplots()
+    look.draw_sizes(axes, centres, tau=50)
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert sorted(labels) == [*listed, "τ = 50"]
 
 
 def test_the_smallest_lesions_are_shown_first(varied):
