@@ -1160,22 +1160,6 @@ def test_killed_and_resumed(run, finished, cache, tmp_path):
 
 
 @pytest.mark.slow
-def test_momentum_is_resumed(run, tmp_path):
-    options = ("--server-momentum", 0.9, "--server-lr", 0.5)
-    assert run(tmp_path / "whole", *options) == 0
-    assert run(tmp_path / "parts", *options, "--rounds", 1) == 0
-    assert run(tmp_path / "parts", *options, "--resume") == 0
-    same_end(tmp_path / "parts", tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_more_rounds_with_resume(run, finished, tmp_path):
-    assert run(tmp_path, "--rounds", 1) == 0
-    assert run(tmp_path, "--resume") == 0
-    same_end(tmp_path, finished)
-
-
-@pytest.mark.slow
 def test_a_client_that_diverges(run, tmp_path, capsys, monkeypatch):
     assert run(tmp_path, "--rounds", 1) == 0
     kept = {path: path.read_bytes() for path in tmp_path.glob("*.pt")}

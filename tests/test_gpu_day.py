@@ -451,7 +451,8 @@ def commands_about(folder):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="children end with their parent on Linux only")
-def test_a_whole_day_that_is_killed_in_the_middle(tmp_path):
+def test_a_whole_day_that_is_killed_in_the_middle(tmp_path, cache):
+    (tmp_path / "cache").symlink_to(cache)
     command = [sys.executable, "csrc/gpu_day.py", "--dry"]
     command += ["--out", str(tmp_path), "--data-root", "stand-in"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
