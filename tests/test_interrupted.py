@@ -403,7 +403,7 @@ def found(tmp_path_factory):
         [sys.executable, __file__, tmp_path_factory.mktemp("killed")],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
-        timeout=300,
+        timeout=1800,  # a quarter of a minute where nothing else is going on
         check=True,
     )
     return json.loads(done.stdout)
