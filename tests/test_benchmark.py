@@ -187,6 +187,7 @@ def test_what_fedgs_adds_is_measured_in_the_same_loop(quick, monkeypatch):
 
     def mask_difficulty(*given):
         calls.append("difficulty")
+        time.sleep(0.05)
         return fedgs.mask_difficulty(*given)
 
     def adamw_accumulate_(*given):
@@ -199,7 +200,7 @@ def test_what_fedgs_adds_is_measured_in_the_same_loop(quick, monkeypatch):
     )
     parts = benchmark.time_parts(training._replace(kernels=kernels), benchmark.drawn_images(8, 32))
     assert calls == 2 * (2 * ["difficulty", 8] + 2 * [6])
-    assert 0.02 <= parts["what FedGS adds to FedAvg's"] <= parts["difficulty"] + parts["step"]
+    assert 0.08 <= parts["what FedGS adds to FedAvg's"] <= parts["difficulty"] + parts["step"]
 
 
 @pytest.mark.slow
