@@ -1,4 +1,4 @@
-"""The images: PolypGen and LiTS from disk or their stand-ins, their splits, and augmentation.
+"""The images: PolypGen, LiTS, or your own from disk; their splits, and augmentation.
 
     federation = load(
         "polypgen", find("polypgen"), centres=CENTRES["polypgen"], out_centre="C6",
@@ -16,8 +16,11 @@ PolypGen (Ali et al., Sci Data 10:75, 2023) is read in its own layout, as .jpg o
 
     volume-0.nii    segmentation-0.nii    … to 130: 0 background, 1 liver, 2 tumour
 
-Whatever the data set, a centre's files are listed as records, decoded once into uint8 tensors of
-the network's size, and split. A batch becomes float, and is augmented and normalised, on the device
+Data of your own are listed in a manifest, a table with the columns centre, image and mask
+(support/manifest.py).
+
+Whatever the data set, a centre's files are listed as records, split, and decoded once into uint8
+tensors of the network's size. A batch becomes float, and is augmented and normalised, on the device
 that trains.
 """
 
@@ -26,7 +29,8 @@ import hashlib
 import itertools
 import math
 import operator
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
@@ -42,8 +46,11 @@ from scipy.spatial.distance import pdist, squareform
 from torch import Tensor
 from tqdm import tqdm
 
-from support import files, standin, volumes
+from support import files, manifest, standin, volumes
 from support.errors import UserError
+from support.masks import count_values, describe_reading, is_lesion, lesion_values
+from support.options import shown
+from support.pixels import open_image, open_mask
 
 # LiTS's clients are made by the numbers of its volumes.
 LITS_VOLUMES = {
@@ -53,7 +60,7 @@ LITS_VOLUMES = {
     "C4": range(90, 120),
     "C5": range(120, 131),
 }
-CENTRES = {
+CENTRES = {  # of the data sets that are known by name; all others are manifests
     "polypgen": ("C1", "C2", "C3", "C4", "C5", "C6"),
     "lits": tuple(LITS_VOLUMES),
 }
@@ -74,7 +81,41 @@ class Record(NamedTuple):
     image: Path
     mask: Path
     group: str  # images of a group stay in one split; empty: nobody has written down the groups
-    small: bool | None  # published size flag; None: by rule
+    small: bool | None  # size flag that somebody has written down; None: by rule
+    split: str = ""  # train, validation or test, where somebody has written that down
+    lesion: tuple[int, ...] = ()  # values of the mask that are lesion; none: those that are bright
+    spacing: tuple[float, float] | None = None  # mm between rows, and between columns, if known
+
+
+class Listing(NamedTuple):
+    """What a data set holds, before any of it is decoded."""
+
+    source: str  # what the images are, for every table, picture and file
+    kind: str  # colour or grey images, or slices of volumes
+    rule: str  # by what slices or size flags were chosen, where nobody has written down flags
+    flags: str  # what the flags are that somebody has
+    records: list[Record]
+    folders: set[Path]  # where the files lie: they are drawn ones where one of these says so
+    masks: Mapping[str, str]  # {centre: how its masks are read}, where that was found out
+
+
+class Reading(NamedTuple):
+    """How images are decoded, the same for all of a data set."""
+
+    kind: str  # colour or grey images, or slices of volumes
+    window: tuple[float, ...]  # what becomes black and white, of values of more than 8 bits
+    size: int  # side of the square that the network sees
+    tau: float  # a lesion is small if it covers at most 1/tau of its image
+
+    @property
+    def mode(self) -> str:
+        """What Pillow calls such images."""
+        return "RGB" if self.kind == "colour" else "L"
+
+
+def channels_of(kind: str) -> int:
+    """How many channels images of a kind have."""
+    return 3 if kind == "colour" else 1
 
 
 @dataclass
@@ -83,10 +124,11 @@ class Images:
 
     centre: str
     names: list[str]
-    images: Tensor  # (N, 3, S, S) uint8; (N, 1, S, S) for CT
+    images: Tensor  # (N, 3, S, S) uint8; (N, 1, S, S) for grey ones
     masks: Tensor  # (N, 1, S, S) uint8, 1 = lesion
     inverse_area: Tensor  # (N,) float64, image pixels / lesion pixels; inf for an empty mask
     small: Tensor  # (N,) bool
+    spacing: Tensor  # (N, 2) float64, from row to row and column to column: mm, or 1 if unknown
 
     def __len__(self) -> int:
         return len(self.names)
@@ -101,6 +143,7 @@ class Images:
             self.masks[chosen],
             self.inverse_area[chosen],
             self.small[chosen],
+            self.spacing[chosen],
         )
 
     def to(self, device: torch.device) -> "Images":
@@ -112,6 +155,7 @@ class Images:
             self.masks.to(device),
             self.inverse_area.to(device),
             self.small.to(device),
+            self.spacing.to(device),
         )
 
 
@@ -121,9 +165,11 @@ class Facts(NamedTuple):
     train: int  # numbers of images; the held-out centre has test images alone
     validation: int
     test: int
-    flagged: int  # images whose published size flags are used
+    flagged: int  # images whose size flags somebody has written down
     lost: int  # lesions that vanish at the network's size
     fingerprint: str  # a hash of every name, image, mask and size flag, split by split
+    masks: str = ""  # how the masks are read, where that was found out
+    filled: bool = False  # whether lesions fill more than half of most images
 
 
 @dataclass
@@ -132,9 +178,10 @@ class Federation:
 
     source: str  # what the images are, for every table, picture and file
     place: str  # where they lie, for people
-    rule: str  # by what slices or size flags were chosen, where no published flags are used
+    rule: str  # by what slices or size flags were chosen, where nobody has written down flags
+    flags: str  # what the flags are that somebody has
     size: int  # side of the images
-    out_centre: str  # the centre that is held out for testing
+    out_centre: str  # the centre that is held out for testing; empty: none is
     facts: dict[str, Facts] = field(default_factory=dict)
     train: dict[str, Images] = field(default_factory=dict)
     validation: dict[str, Images] = field(default_factory=dict)
@@ -151,10 +198,27 @@ class Federation:
 
         notes = [self.rule]
         if flagged:
-            notes = [f"published size flags for {flagged} of {images} images"]
+            notes = [f"{self.flags} for {flagged} of {images} images"]
         if lost:
             size = f"{self.size}x{self.size}"
             notes.append(f"{lost} lesions vanish at {size}, so their images count as empty")
+        return notes + self.notes_on_masks
+
+    @property
+    def notes_on_masks(self) -> list[str]:
+        """How masks were read where nobody has said it, and whether they look inverted."""
+        centres_of = {}
+        for centre, facts in self.facts.items():
+            centres_of.setdefault(facts.masks, []).append(centre)
+
+        notes = []
+        for reading, centres in centres_of.items():
+            where = f" ({', '.join(centres)})" if len(centres_of) > 1 else ""
+            if reading:
+                notes.append(reading + where)
+        for centre, facts in self.facts.items():
+            if facts.filled:
+                notes.append(f"lesions fill most images of {centre}: are its masks inverted?")
         return notes
 
     @property
@@ -168,15 +232,18 @@ class Federation:
 
 
 def find(dataset: str, root: str = "") -> Path | None:
-    """The folder of a data set. None for the stand-in: if root is "stand-in", or root is empty and
-    there is nothing in datasets/<dataset>.
+    """The folder of a data set, or the file of a manifest. None for the stand-in: if root is
+    "stand-in", or root is empty and there is nothing in datasets/<dataset>.
 
-    Raises UserError where a folder was given that does not hold the data set.
+    Raises UserError where a place was given that does not hold the data set. Of one's own data
+    there is no stand-in.
     """
+    folder = Path(root or f"datasets/{dataset}")
+    if dataset not in CENTRES:
+        return manifest.find(folder)
     if root == "stand-in":
         return None
 
-    folder = Path(root or f"datasets/{dataset}")
     if holds(dataset, folder):
         return folder
     if not root:
@@ -186,23 +253,34 @@ def find(dataset: str, root: str = "") -> Path | None:
 
 
 def holds(dataset: str, folder: Path) -> bool:
-    """Whether a folder holds any of a data set."""
+    """Whether a folder holds any of PolypGen or LiTS."""
     if dataset == "lits":
         return any(kind == "volume" for kind, _, _ in volumes.nifti_files(folder))
     return any((folder / f"data_{centre}").is_dir() for centre in CENTRES["polypgen"])
 
 
-def workload(dataset: str, root: Path | None, centre: str) -> int:
-    """How much there is of a centre, before any of it is read: its images, or its CT volumes."""
+def centres_in(dataset: str, root: str = "") -> tuple[str, ...]:
+    """The names of the centres that a data set has."""
+    if dataset in CENTRES:
+        return CENTRES[dataset]
+    return manifest.centres_of(manifest.read(find(dataset, root)))
+
+
+def workloads(dataset: str, root: Path | None, centres: Sequence[str]) -> dict[str, int]:
+    """{centre: how much there is of it}, before any of it is read: its images, or its volumes."""
+    if dataset not in CENTRES:
+        of_rows = [row.centre for row in manifest.read(root)]
+        return {centre: of_rows.count(centre) for centre in centres}
+
     if dataset == "polypgen":
         if root is None:
-            return standin.frames_of(centre)
-        return len(list_pairs(root, centre))
+            return {centre: standin.frames_of(centre) for centre in centres}
+        return {centre: len(list_pairs(root, centre)) for centre in centres}
 
     if root is None:
-        return standin.LITS[centre].volumes
-    numbers = [number for kind, number, _ in volumes.nifti_files(root) if kind == "volume"]
-    return sum(number in LITS_VOLUMES[centre] for number in numbers)
+        return {centre: standin.LITS[centre].volumes for centre in centres}
+    numbers = {number for kind, number, _ in volumes.nifti_files(root) if kind == "volume"}
+    return {centre: len(numbers.intersection(LITS_VOLUMES[centre])) for centre in centres}
 
 
 def load(
@@ -215,21 +293,23 @@ def load(
     tau: float,
     split: str,
     fold: int = 1,
+    kind: str = "colour",
+    lesion: Sequence[int] = (),
+    window: Sequence[float] = (),
     only: Sequence[str] | None = None,
     cache: str = "",
 ) -> Federation:
     """Read a data set, and split it into clients and a held-out centre.
 
-    root: its folder, or None for the stand-in; centres: those that take part, the held-out one
-    included; size: side of the images; tau: a lesion is small if it covers at most 1/tau of its
-    image; split: "fold" (published folds), "centre" (published per-centre split) or "grouped"
-    (folds, near-duplicate frames kept together); only: the centres to load here, None for all;
-    cache: folder for what is drawn or decoded once, by default beside the data.
-    Raises UserError for files that are missing or unreadable, centres without images, and a cache
-    that cannot be written.
+    root: its folder or manifest, or None for the stand-in; centres: those that take part, the
+    held-out one included; size: side of the images; tau: a lesion is small if it covers at most
+    1/tau of its image; split: "fold" (published folds), "centre" (published per-centre split),
+    "grouped" (folds, near-duplicate frames kept together) or "given" (a manifest's own); kind,
+    lesion, window: Config's images, lesion and window; only: the centres to load here, None for
+    all; cache: folder for what is drawn or decoded once, by default beside the data.
+    Raises UserError for files and masks that cannot be used, and a cache that cannot be written.
     """
     wanted = [centre for centre in centres if only is None or centre in only]
-    clients = [centre for centre in wanted if centre != out_centre]
 
     # A stand-in is read as the real thing is.
     place = f"in {root}"
@@ -239,61 +319,69 @@ def load(
         root = draw_stand_in(dataset, wanted, size, cache)
         cache = ""
 
-    # All files are listed before the first is read: what is missing is said at once.
+    # All files are listed before the first is decoded: what is missing is said at once.
     if dataset == "lits":
-        records = list_lits(root, wanted, Path(cache or root / "fedgs-cache"))
-        source = "LiTS"
-        rule = f"slices with more than {volumes.TUMOUR_PIXELS} tumour pixels"
+        found = list_lits(root, wanted, window, cache)
+    elif dataset == "polypgen":
+        clients = [centre for centre in wanted if centre != out_centre]
+        found = list_polypgen(root, wanted, tau, clients if split == "grouped" else [], kind)
     else:
-        records = list_polypgen(root, wanted, tau, clients if split == "grouped" else [])
-        source = "PolypGen"
-        rule = "size flags by rule"
+        found = list_own(root, wanted, kind, lesion, window, split, cache)
 
-    drawn = is_drawn(dataset, root, wanted)
-    if drawn:
+    # A stand-in brings its flags along, but nobody has written them down.
+    source = found.source
+    flags = found.flags
+    if any(standin.is_marked(folder) for folder in found.folders):
         source += " stand-in"
-    federation = Federation(source, place, rule, size, out_centre)
+        flags = ""
 
+    federation = Federation(source, place, found.rule, flags, size, out_centre)
+    reading = Reading(found.kind, tuple(window), size, tau)
     for centre in wanted:
-        of_centre = [record for record in records if record.centre == centre]
-        images = decode(of_centre, dataset, size, tau)
-        units = units_of(of_centre, images)
-
-        # A stand-in brings its flags along, but nobody has published them.
-        flagged = sum(record.small is not None for record in of_centre)
-        if drawn:
-            flagged = 0
-        add_centre(federation, images, units, split, fold, flagged)
+        of_centre = [record for record in found.records if record.centre == centre]
+        masks = found.masks.get(centre, "")
+        add_centre(federation, of_centre, reading, split, fold, masks)
     return federation
 
 
 def add_centre(
     federation: Federation,
-    images: Images,
-    units: Sequence[Sequence[int]],
+    records: Sequence[Record],
+    reading: Reading,
     split: str,
     fold: int,
-    flagged: int,
+    masks: str,
 ) -> None:
-    """Split one centre's images, and add them and their facts to a federation."""
-    centre = images.centre
-    lost = count_as_empty(images)
-
+    """Split one centre's images, decode them, and add them and their facts to a federation."""
     # The held-out centre only tests.
-    if centre == federation.out_centre:
-        train = validation = images.subset([])
-        test = images
+    centre = records[0].centre
+    held_out = centre == federation.out_centre
+    parts = [], [], records
+    if not held_out:
+        parts = split_records(records, reading, split, fold)
+
+    # Part by part, so that no image is in memory twice.
+    train, validation, test = (decode(centre, part, reading) for part in parts)
+    if held_out:
         federation.out_test = test
     else:
-        indices = split_units(units, split, fold)
-        train, validation, test = (images.subset(part) for part in indices)
         federation.train[centre] = train
         federation.validation[centre] = validation
         federation.in_test[centre] = test
 
-    fingerprint = hash_of([train, validation, test])
+    decoded = [train, validation, test]
+    lost = sum(count_as_empty(images) for images in decoded)
+    filled = sum(int((images.inverse_area < 2).sum()) for images in decoded)
+    flagged = sum(record.small is not None for record in records) if federation.flags else 0
     federation.facts[centre] = Facts(
-        len(train), len(validation), len(test), flagged, lost, fingerprint
+        train=len(train),
+        validation=len(validation),
+        test=len(test),
+        flagged=flagged,
+        lost=lost,
+        fingerprint=hash_of(decoded),
+        masks=masks,
+        filled=filled > len(records) / 2,
     )
 
 
@@ -302,17 +390,6 @@ def draw_stand_in(dataset: str, centres: Sequence[str], size: int, cache: str) -
     if dataset == "lits":
         return standin.draw_lits(cache, {centre: LITS_VOLUMES[centre] for centre in centres})
     return standin.draw_polypgen(cache, centres, size, is_small)
-
-
-def is_drawn(dataset: str, root: Path, centres: Sequence[str]) -> bool:
-    """Whether anything in a data set's folder is the stand-in's, whoever named the folder."""
-    folders = {root}
-    if dataset == "lits":
-        folders.update(path.parent for _, _, path in volumes.nifti_files(root))
-    else:
-        # A link to one of its centres does not lead past the mark.
-        folders.update((root / f"data_{centre}").resolve().parent for centre in centres)
-    return any(standin.is_marked(folder) for folder in folders)
 
 
 def count_as_empty(images: Images) -> int:
@@ -345,8 +422,12 @@ POLYPGEN_TAU = 150  # the threshold that the published size flags were made with
 
 
 def list_polypgen(
-    root: Path, centres: Sequence[str], tau: float, grouped: Sequence[str]
-) -> list[Record]:
+    root: Path,
+    centres: Sequence[str],
+    tau: float,
+    grouped: Sequence[str] = (),
+    kind: str = "colour",
+) -> Listing:
     """The images of these centres, sorted by file name.
 
     grouped: those of them whose near-duplicate frames are to stay together. Published size flags
@@ -371,7 +452,12 @@ def list_polypgen(
         for name, (image, mask) in zip(names, pairs, strict=True):
             small = flags.get(image.name)
             records.append(Record(centre, name, image, mask, groups[name], small))
-    return records
+
+    # A link to one of its centres does not lead past the mark of a stand-in.
+    folders = {(root / f"data_{centre}").resolve().parent for centre in centres}
+    folders.add(root)
+    rule = "size flags by rule"
+    return Listing("PolypGen", kind, rule, "published size flags", records, folders, {})
 
 
 def list_pairs(root: Path, centre: str) -> list[tuple[Path, Path]]:
@@ -458,17 +544,26 @@ def read_groups(root: Path, centre: str, names: Sequence[str]) -> dict[str, str]
 # ----------------------------------------------------------------------------------- LiTS's files
 
 
-def list_lits(root: Path, centres: Sequence[str], cache: Path) -> list[Record]:
+def list_lits(
+    root: Path, centres: Sequence[str], window: Sequence[float] = (), cache: str = ""
+) -> Listing:
     """The slices of these centres with a tumour, volume by volume in the published order.
 
-    Slices that are not in the cache yet are cut from their volumes. Raises UserError for volumes
-    that are missing, unreadable or not LiTS, and centres without tumours.
+    window: another than the published one. Slices that are not in the cache yet are cut from their
+    volumes. Raises UserError for volumes that are missing, unreadable or not LiTS, and centres
+    without tumours.
     """
     last = LITS_VOLUMES["C5"][-1]
+    folders = {root}
     for _, number, path in volumes.nifti_files(root):
+        folders.add(path.parent)
         if number > last:
             raise UserError(f"{path}: LiTS numbers its volumes from 0 to {last}")
 
+    cut = volumes.LITS
+    if window:
+        cut = cut._replace(window=tuple(window))
+    cache_folder = Path(cache or root / CACHE)
     records = []
     for centre in centres:
         found = volumes.find_volumes(root, LITS_VOLUMES[centre])
@@ -477,11 +572,10 @@ def list_lits(root: Path, centres: Sequence[str], cache: Path) -> list[Record]:
         for number in tqdm(
             numbers, desc=f"cutting slices of {centre}", unit="volume", leave=False, disable=None
         ):
-            volume, segmentation = found[number]
-            for k, grey, mask in volumes.slice_files(number, volume, segmentation, cache):
-                name = f"volume-{number}_slice-{k}"
-                # No patient is in two splits.
-                records.append(Record(centre, name, grey, mask, f"volume-{number}", None))
+            # No patient is in two splits.
+            group = f"volume-{number}"
+            cut_volume = volumes.slice_files(*found[number], cache_folder / group, cut)
+            records.extend(slice_records(centre, group, group, cut_volume))
 
         if len(records) == before:
             of_centre = LITS_VOLUMES[centre]
@@ -489,6 +583,21 @@ def list_lits(root: Path, centres: Sequence[str], cache: Path) -> list[Record]:
                 f"{root}: no slice with a tumour for centre {centre}, volumes {of_centre[0]} to "
                 f"{of_centre[-1]} (leave it out with --centres)"
             )
+
+    rule = f"slices with more than {volumes.TUMOUR_PIXELS} tumour pixels"
+    return Listing("LiTS", "slices", rule, "published size flags", records, folders, {})
+
+
+def slice_records(
+    centre: str, name: str, group: str, cut_volume: volumes.SliceFiles, split: str = ""
+) -> list[Record]:
+    """The slices of one volume."""
+    records = []
+    for k, grey, mask in cut_volume.slices:
+        # Comparisons know the slices of a volume by their names.
+        slice_name = f"{name}_slice-{k}"
+        spacing = cut_volume.spacing
+        records.append(Record(centre, slice_name, grey, mask, group, None, split, spacing=spacing))
     return records
 
 
@@ -498,32 +607,131 @@ def published_order(centre: str) -> list[int]:
     return [int(text.removeprefix("image").removesuffix("_")) for text in texts]
 
 
-def pixel_spacings(
-    images: Images, data_root: str = "", cache: str = ""
-) -> list[tuple[float, float]]:
-    """Distance from row to row and from column to column of the pixels of each image.
+# ------------------------------------------------------------------------------ one's own files
 
-    In mm for CT; 1 pixel for frames, whose physical size nobody knows. data_root, cache: the
-    options that they were loaded with.
+
+CACHE = "fedgs-cache"  # the folder of slices, beside the volumes that they were cut from
+
+
+def list_own(
+    path: Path,
+    centres: Sequence[str],
+    kind: str,
+    lesion: Sequence[int],
+    window: Sequence[float],
+    split: str,
+    cache: str = "",
+) -> Listing:
+    """The images of these centres in a manifest, or its volumes' slices with a lesion.
+
+    Raises UserError for centres that it does not have, options that do not suit it, files that
+    cannot be read, and masks that cannot be understood or hold no lesion.
     """
-    size = images.images.shape[-1]
-    if images.images.shape[1] == 3:
-        return [(1.0, 1.0)] * len(images)
+    rows = manifest.read(path)
+    check_suits(path, rows, centres, kind, split)
+    of_centre = {}
+    folders = set()
+    for row in rows:
+        of_centre.setdefault(row.centre, []).append(row)
+        folders.update(row.image.resolve().parents)
 
-    root = find("lits", data_root) or standin.lits_folder(cache)
-    found = volumes.find_volumes(root, LITS_VOLUMES[images.centre])
-    of_volume = {}
-    spacings = []
-    for name in images.names:
-        volume, _, _ = name.partition("_")
-        if volume not in of_volume:
-            path, _ = found[int(volume.removeprefix("volume-"))]
-            of_volume[volume] = volumes.pixel_spacing(path, size)
-        spacings.append(of_volume[volume])
-    return spacings
+    # All that can be told without reading pixels is looked at before the first are.
+    for centre in centres:
+        manifest.check_files(path, of_centre[centre])
+        for row in of_centre[centre]:
+            if kind == "slices":
+                volumes.check_geometry(row.image, row.mask)
+
+    cut = volumes.Cut(tuple(window), tuple(lesion), fewest=1)
+    cache_folder = Path(cache or path.parent / CACHE)
+    records = []
+    masks = {}
+    for centre in centres:
+        of_rows = of_centre[centre]
+        if kind == "slices":
+            found, values = slices_of_rows(centre, of_rows, cut, cache_folder)
+        else:
+            found, values = images_of_rows(centre, of_rows, lesion, by_looks=split == "grouped")
+        records.extend(found)
+        masks[centre] = describe_reading(values)
+
+    rule = "slices with a lesion" if kind == "slices" else "size flags by rule"
+    flags = "size flags of the manifest"
+    return Listing(manifest.name_of(path), kind, rule, flags, records, folders, masks)
+
+
+def check_suits(
+    path: Path, rows: Sequence[manifest.Row], centres: Sequence[str], kind: str, split: str
+) -> None:
+    """Raise UserError for options that do not suit a manifest."""
+    known = manifest.centres_of(rows)
+    for centre in centres:
+        if centre not in known:
+            raise UserError(f"{path} has no centre {centre}: it has {', '.join(known)}")
+
+    of_volumes = manifest.is_volume(rows[0].image)
+    if of_volumes != (kind == "slices"):
+        suits = "slices" if of_volumes else "colour or grey"
+        raise UserError(f"--images {kind}: those of {path} are {suits}")
+    if split == "given" and not rows[0].split:
+        raise UserError(f"--split given: {path} has no column split")
+
+
+def images_of_rows(
+    centre: str, rows: Sequence[manifest.Row], lesion: Sequence[int], by_looks: bool
+) -> tuple[list[Record], tuple[int, ...]]:
+    """One centre's images in a manifest, and the values of their masks that are lesion.
+
+    by_looks: near-duplicates are looked for where no groups are written down.
+    """
+    # Each centre has its own way of writing masks, and all of them together tell what it is.
+    values = lesion_values(centre, count_values([row.mask for row in rows]), lesion)
+
+    unknown = by_looks and not any(row.group for row in rows)
+    records = []
+    for row in rows:
+        unit = "" if unknown else row.unit
+        records.append(
+            Record(centre, row.name, row.image, row.mask, unit, row.small, row.split, values)
+        )
+    return records, values
+
+
+def slices_of_rows(
+    centre: str, rows: Sequence[manifest.Row], cut: volumes.Cut, cache: Path
+) -> tuple[list[Record], tuple[int, ...]]:
+    """One centre's slices of a manifest's volumes, and the labels that are lesion in them."""
+    records = []
+    lesion = {}  # labels -> the first segmentation that has them
+    bar = tqdm(rows, desc=f"cutting slices of {centre}", unit="volume", leave=False, disable=None)
+    for row in bar:
+        # Volumes of two folders may have the same name, and a volume may be cut in several ways.
+        number = zlib.crc32(repr([str(row.image.resolve()), cut]).encode())
+        folder = cache / f"{manifest.base_name(row.image)}-{number:08x}"
+        found = volumes.slice_files(row.image, row.mask, folder, cut)
+        records.extend(slice_records(centre, row.name, row.unit, found, row.split))
+
+        if found.lesion:
+            lesion.setdefault(found.lesion, row.mask)
+        if len(lesion) > 1:
+            (label, other), (second, here) = lesion.items()
+            raise UserError(
+                f"lesions of centre {centre} have the label {shown(label)} in {other}, and "
+                f"{shown(second)} in {here}: say which are lesion, as in --lesion {shown(label)}"
+            )
+
+    if not records:
+        raise UserError(
+            f"no slice with a lesion in centre {centre}, as in {rows[0].mask}: look for other "
+            "values with --lesion, or leave it out with --centres"
+        )
+    return records, next(iter(lesion))
 
 
 # ---------------------------------------------------------------------------------------- decoding
+
+
+AHEAD = 64  # images that are decoded before they are asked for
 
 
 class Decoded(NamedTuple):
@@ -533,75 +741,80 @@ class Decoded(NamedTuple):
     mask: np.ndarray  # (S, S) bool
     inverse_area: float
     small: bool
+    spacing: tuple[float, float]
 
 
-def decode(records: Sequence[Record], dataset: str, size: int, tau: float) -> Images:
-    """Read the images of one centre. Raises UserError naming a file that cannot be used."""
+def decode(centre: str, records: Sequence[Record], reading: Reading) -> Images:
+    """Read images of one centre. Raises UserError naming a file that cannot be used."""
     # Filled one by one, so that no image is in memory twice.
     count = len(records)
-    channels = 1 if dataset == "lits" else 3
-    images = np.empty((count, channels, size, size), np.uint8)
+    size = reading.size
+    images = np.empty((count, channels_of(reading.kind), size, size), np.uint8)
     masks = np.empty((count, 1, size, size), np.uint8)
     inverse_area = torch.empty(count, dtype=torch.float64)
     small = torch.empty(count, dtype=torch.bool)
+    spacing = torch.ones(count, 2, dtype=torch.float64)
 
-    # Pillow decodes and resizes outside the interpreter lock.
-    read = functools.partial(read_record, dataset=dataset, size=size, tau=tau)
-    with ThreadPoolExecutor() as pool:
-        decoded = tqdm(
-            pool.map(read, records),
-            total=count,
-            desc=f"reading {records[0].centre}",
-            unit="image",
-            leave=False,
-            disable=None,
-        )
-        for i, one in enumerate(decoded):
-            images[i] = one.pixels.reshape(size, size, channels).transpose(2, 0, 1)
+    bar = tqdm(
+        read_records(records, reading),
+        total=count,
+        desc=f"reading {centre}",
+        unit="image",
+        leave=False,
+        disable=None,
+    )
+    with bar:
+        for i, one in enumerate(bar):
+            images[i] = one.pixels.reshape(size, size, -1).transpose(2, 0, 1)
             masks[i, 0] = one.mask
             inverse_area[i] = one.inverse_area
             small[i] = one.small
+            spacing[i] = torch.tensor(one.spacing)
 
     names = [record.name for record in records]
     pixels = torch.from_numpy(images)
-    return Images(records[0].centre, names, pixels, torch.from_numpy(masks), inverse_area, small)
+    truth = torch.from_numpy(masks)
+    return Images(centre, names, pixels, truth, inverse_area, small, spacing)
 
 
-def read_record(record: Record, dataset: str, size: int, tau: float) -> Decoded:
+def read_records(records: Sequence[Record], reading: Reading) -> Iterator[Decoded]:
+    """Images one after another, each decoded a little before it is asked for."""
+    # Pillow decodes and resizes outside the interpreter lock.
+    read = functools.partial(read_record, reading=reading)
+    with ThreadPoolExecutor() as pool:
+        # All at once, threads would be far ahead, and what they have decoded in memory twice.
+        for start in range(0, len(records), AHEAD):
+            yield from pool.map(read, records[start : start + AHEAD])
+
+
+def read_record(record: Record, reading: Reading) -> Decoded:
     """Read, check, measure and resize one image. Raises UserError naming the file."""
-    image = open_image(record.image, "L" if dataset == "lits" else "RGB")
-    mask = open_image(record.mask, "L")
+    image = open_image(record.image, reading.mode, reading.window)
+    lesion = Image.fromarray(is_lesion(open_mask(record.mask), record.lesion))
 
     # A mask of another shape was cropped, or is that of another image.
-    stretch = abs(image.width * mask.height - image.height * mask.width)
-    if stretch > 0.01 * image.width * mask.height:
+    stretch = abs(image.width * lesion.height - image.height * lesion.width)
+    if stretch > 0.01 * image.width * lesion.height:
+        turned = lesion.size == (image.height, image.width)
+        why = " (one of them is turned, perhaps as EXIF says)" if turned else ""
         raise UserError(
-            f"{record.mask} is {mask.width}x{mask.height}, its image {image.width}x{image.height}"
+            f"{record.mask} is {lesion.width}x{lesion.height}, its image "
+            f"{image.width}x{image.height}{why}"
         )
 
-    # JPEG blurs the edges of masks: lesion is what is brighter than grey.
-    lesion = Image.fromarray(np.asarray(mask) > 128)
-    area, by_rule = measure_lesion(lesion, dataset, tau)
+    area, by_rule = measure_lesion(lesion, reading)
     small = by_rule if record.small is None else record.small
+
+    # What is in the file in mm is so at another size, too; of other images nobody knows.
+    size = reading.size
+    spacing = 1.0, 1.0
+    if record.spacing:
+        between_rows, between_columns = record.spacing
+        spacing = between_rows * image.height / size, between_columns * image.width / size
 
     pixels = image.resize((size, size), Image.Resampling.BILINEAR)
     lesion = lesion.resize((size, size), Image.Resampling.NEAREST)
-    return Decoded(np.asarray(pixels), np.asarray(lesion), area, small)
-
-
-def open_image(path: Path, mode: str) -> Image.Image:
-    """A fully decoded image. Raises UserError naming the file."""
-    try:
-        with Image.open(path) as image:
-            # Converting pixels of more than 8 bits would cut values off.
-            if image.mode[0] in "IF":
-                raise UserError(
-                    f"{path} has pixels of type {image.mode}: save it with 8 bits a channel"
-                )
-            return image.convert(mode)
-    # Some decoders call damage a SyntaxError.
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    return Decoded(np.asarray(pixels), np.asarray(lesion), area, small, spacing)
 
 
 # --------------------------------------------------------------------------------- size of lesions
@@ -610,17 +823,19 @@ def open_image(path: Path, mode: str) -> Image.Image:
 RULE_SIZE = 512  # PolypGen's lesions are measured at 512 x 512, whatever the network sees
 
 
-def measure_lesion(lesion: Image.Image, dataset: str, tau: float) -> tuple[float, bool]:
+def measure_lesion(lesion: Image.Image, reading: Reading) -> tuple[float, bool]:
     """Inverse area of an image's lesion, and whether it counts as small.
 
-    lesion: its mask, at its own size. The data sets differ in where and what they measure.
+    lesion: its mask, at its own size. The two data sets of the paper differ in where and what they
+    measure, and other images follow the one that they are like.
     """
-    # LiTS: all of a slice's tumour, in the slice as it is.
-    if dataset == "lits":
+    # Slices, as LiTS: all of a slice's lesion, in the slice as it is.
+    tau = reading.tau
+    if reading.kind == "slices":
         area = inverse_area(np.asarray(lesion))
         return area, tau <= area < math.inf
 
-    # PolypGen: the smallest polyp, after resizing.
+    # Images, as PolypGen: the smallest lesion, after resizing.
     at_rule_size = lesion.resize((RULE_SIZE, RULE_SIZE), Image.Resampling.NEAREST)
     mask = np.asarray(at_rule_size)
     return inverse_area(mask), is_small(mask, tau)
@@ -647,13 +862,31 @@ def is_small(mask: np.ndarray, tau: float = POLYPGEN_TAU) -> bool:
 # ------------------------------------------------------------------------------------------ splits
 
 
-def units_of(records: Sequence[Record], images: Images) -> list[list[int]]:
+def split_records(
+    records: Sequence[Record], reading: Reading, split: str, fold: int
+) -> list[list[Record]]:
+    """A client's training, validation and test images, as written down or by the rules."""
+    if split == "given":
+        of_part = {"train": [], "validation": [], "test": []}
+        for record in records:
+            of_part[record.split].append(record)
+        return list(of_part.values())
+
+    train, validation, test = split_units(units_of(records, reading), split, fold)
+    return [
+        [records[i] for i in train],
+        [records[i] for i in validation],
+        [records[i] for i in test],
+    ]
+
+
+def units_of(records: Sequence[Record], reading: Reading) -> list[list[int]]:
     """What is split: lists of indices that stay together, in the order of their first members."""
     groups = [record.group for record in records]
 
     # Where nobody has written down the groups.
     if not all(groups):
-        groups = groups_by_looks(images)
+        groups = groups_by_looks(decode(records[0].centre, records, reading))
 
     units = {}
     for i, group in enumerate(groups):

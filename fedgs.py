@@ -2,6 +2,7 @@
 
     python fedgs.py --dataset polypgen --method fedgs     # a whole federation, images to tables
     python fedgs.py --dataset lits --model sd-utnet       # the paper's other data set and network
+    python fedgs.py --dataset hospitals.csv               # your own images, see docs/data.md
     python fedgs.py --help                                # every option
 
 Schutte, Corbetta, Beets-Tan and Silva, "FedGS: Federated Gradient Scaling for Heterogeneous
@@ -50,7 +51,7 @@ from tqdm import tqdm
 import data
 import metrics
 from models import CODE, SDUTNet, UTNet
-from support import checkpoints, hardware, options, pictures, processes, runs, tables
+from support import checkpoints, hardware, manifest, options, pictures, processes, runs, tables
 from support.errors import UserError, readable_errors
 from support.options import option
 
@@ -71,7 +72,7 @@ class Config:
     """
 
     # What is trained, how, and on what.
-    dataset: str = option("polypgen", "data set", choices=("polypgen", "lits"))
+    dataset: str = option("polypgen", options.DATASET_HELP)
     method: str = option("fedgs", options.METHOD_HELP, choices=options.METHODS)
     scaling: str = option("auto", options.SCALING_HELP, choices=("auto", "on", "off"))
     model: str = option("utnet", "network", choices=("utnet", "sd-utnet"))
@@ -88,6 +89,11 @@ class Config:
     # The baselines. FedProx holds a client near the server's parameters.
     mu: float = option(0.01, "fedprox: weight of the squared distance from the server")
 
+    # What the images are. Of one's own this follows from their manifest, unless it is given.
+    images: str = option("colour", options.IMAGES_HELP, choices=("colour", "grey", "slices"))
+    lesion: tuple = option((), options.LESION_HELP, item=int, place=True)
+    window: tuple = option((), options.WINDOW_HELP, item=float)
+
     # The server's step. The control experiment is FedAvg with server_lr = the mean eta of FedGS.
     server_lr: float = option(1.0, "factor on the server's step")
     server_momentum: float = option(0.0, "momentum of the server's step")
@@ -97,10 +103,10 @@ class Config:
     tau: float = option(150.0, "a lesion is small if it covers at most 1/tau of the image")
 
     # Which images train, validate and test.
-    split: str = option("fold", options.SPLIT_HELP, choices=("fold", "centre", "grouped"))
+    split: str = option("fold", options.SPLIT_HELP, choices=options.SPLITS)
     fold: int = option(1, "which of the five folds", choices=(1, 2, 3, 4, 5))
     centres: tuple = option(data.CENTRES["polypgen"], "centres that take part", place=True)
-    out_centre: str = option("C6", "the one of them that is held out for testing", place=True)
+    out_centre: str = option("C6", options.OUT_CENTRE_HELP, place=True)
     seed: int = option(0, "seed of initial weights, batches and augmentation")
 
     # How a centre uses the network. It is trained in the same way whatever this says.
@@ -346,7 +352,7 @@ def build_network(config: Config) -> nn.Module:
     """The network of a configuration, with weights drawn from its seed."""
     # Server and clients build it in their own processes, and have to agree on its weights.
     torch.manual_seed(config.seed)
-    channels = 1 if config.dataset == "lits" else 3
+    channels = data.channels_of(config.images)
     if config.model == "sd-utnet":
         return SDUTNet(channels, classes=2, width=config.width, size=config.image_size)
     return UTNet(channels, classes=2, width=config.width)
@@ -378,6 +384,7 @@ class Update:
     buffers: Tensor
     counters: Tensor
     log: ClientLog
+    share: float = 1.0  # sum of w_j over the clients of this round: less where one is missing
 
 
 class Batch(NamedTuple):
@@ -482,7 +489,7 @@ def client_log(images: data.Images, steps: int, means: dict[str, float]) -> Clie
 def client_generator(seed: int, round_: int, client: str) -> torch.Generator:
     """All randomness of a client's round. Clients may so run in any order, or anywhere."""
     # C1 counts as 1; any other name has a number of its own, too.
-    published = client[:1] == "C" and client[1:].isdigit()
+    published = client in data.CENTRES["polypgen"]
     number = int(client[1:]) if published else zlib.crc32(client.encode())
 
     # Sums of the three would collide: seed 1 in round 2 must not be seed 2 in round 1.
@@ -782,8 +789,8 @@ class Server:
         refused = []
 
         for group in in_groups(updates, self.GROUP):
-            # velocity <- velocity + sum_k w_k Delta_k
-            weights = [self.weights[update.client] for update in group]
+            # velocity <- velocity + sum_k w_k Delta_k, where the w_k of those who report sum to 1
+            weights = [self.weights[update.client] / update.share for update in group]
             vectors = [update.vector for update in group]
             velocity, squared_norms, finite = self.kernels.aggregate(velocity, vectors, weights)
 
@@ -861,18 +868,19 @@ def federate(
 # ------------------------------------------------------------------------------------- a whole run
 
 
-def run(config: Config, why: str = "as given") -> dict:
+def run(config: Config, why: str = "as given", open_hospitals: Callable | None = None) -> dict:
     """Train round by round, keep everything in the run's folder, test, draw. -> results.json
 
-    why: the reason for the preset, for the header. Raises UserError where options, data or folder
-    cannot be used, before anything is written, and for a round that is refused.
+    why: the reason for the preset, for the header; open_hospitals: in place of `open_clients`,
+    where the clients are real hospitals (support/flower.py). Raises UserError where options, data
+    or folder cannot be used, before anything is written, and for a round that is refused.
     """
     # Everything that can be refused is refused here: nothing is loaded or written yet.
     config = settle(config)
     folder = runs.Folder(config)
     folder.check({"config": asdict(config)})
 
-    with open_clients(config) as clients:
+    with (open_hospitals or open_clients)(config) as clients:
         # Now the data are known. A run may only go on with those that it began with.
         federation = clients.federation
         options.check_sizes(config, federation.facts)
@@ -883,7 +891,7 @@ def run(config: Config, why: str = "as given") -> dict:
         # from where an earlier process of this run left it.
         weights = client_weights(config, federation.facts)
         server = Server(clients.flat.state(), weights, config, clients.kernels)
-        history = folder.load_progress(server)
+        history = folder.load_progress(server, clients)
 
         # From here on the folder is this run's.
         folder.claim(record)
@@ -926,9 +934,10 @@ def train(
         for round_, logs, validation in federate(server, clients, config):
             seconds = time.perf_counter() - start
             row = runs.round_row(round_, logs, validation, seconds, federation.source)
+            runs.mark_missing(row, config.clients, federation, validation)
             history.append(row)
 
-            # The round is over when its files are there, resume.pt last of all.
+            # The round is over with resume.pt, from which its other files follow.
             clients.flat.load(server.state)
             about = runs.describe_weights(config, federation.source, round_, __version__)
             weights = checkpoints.with_about(network, about)
@@ -980,6 +989,8 @@ def draw_tests(clients: LocalClients, tests: Sequence[CentreTest], heading: str)
     """Pictures of the network that was tested, on images of this process. -> {file name: figure}"""
     # Images of other processes have stayed there, and the picture says whose it shows.
     here = [(test.images, test.evaluation) for test in tests if test.images is not None]
+    if not here:
+        return {}
     whose = ""
     if len(here) < len(tests):
         whose = " of " + ", ".join(images.centre for images, _ in here)
@@ -987,9 +998,9 @@ def draw_tests(clients: LocalClients, tests: Sequence[CentreTest], heading: str)
     figures = {"predictions.png": pictures.draw_predictions(here, what)}
 
     network = clients.flat.network
-    if isinstance(network, SDUTNet):
-        images = next(images for images, _ in here if len(images))
-        figures["anatomy.png"] = draw_anatomy(network, images, 0, heading)
+    filled = [images for images, _ in here if len(images)]
+    if isinstance(network, SDUTNet) and filled:
+        figures["anatomy.png"] = draw_anatomy(network, filled[0], 0, heading)
     return figures
 
 
@@ -1015,7 +1026,7 @@ def settle(config: Config) -> Config:
     A run's record has to say which that was, since "auto" is something else on another machine.
     Raises UserError for values that no run can use.
     """
-    options.check(config, data.CENTRES[config.dataset])
+    options.check(config, data.centres_in(config.dataset, config.data_root))
     device = hardware.choose_device(config.device)
     return replace(config, precision=hardware.choose_precision(config.precision, device))
 
@@ -1031,9 +1042,7 @@ def open_clients(config: Config) -> Iterator[LocalClients]:
 
     # The largest client decides how long a round takes, so it has to be known before any is read.
     root = data.find(config.dataset, config.data_root)
-    work_of = {}
-    for client in config.clients:
-        work_of[client] = data.workload(config.dataset, root, client)
+    work_of = data.workloads(config.dataset, root, config.clients)
     with processes.spread(open_local_clients, config, work_of, count) as spread:
         yield spread
 
@@ -1060,6 +1069,9 @@ def load_data(config: Config, centres: Sequence[str]) -> data.Federation:
         tau=config.tau,
         split=config.split,
         fold=config.fold,
+        kind=config.images,
+        lesion=config.lesion,
+        window=config.window,
         only=centres,
         cache=config.cache,
     )
@@ -1071,6 +1083,8 @@ def load_data(config: Config, centres: Sequence[str]) -> data.Federation:
 DATASETS = {  # what differs from Config's defaults
     "polypgen": {},
     "lits": {
+        "images": "slices",
+        "window": (-200.0, 200.0),
         "rounds": 60,
         "log_base": 1000.0,
         "tau": 1000.0,
@@ -1088,22 +1102,24 @@ SHOWN_DEFAULTS = {"lits": DATASETS["lits"], "quick": PRESETS["quick"]}  # by --h
 
 def configure(given: Mapping[str, Any]) -> tuple[Config, str]:
     """Options by name -> Config with the data set's and the preset's values, why this preset."""
+    given = manifest.locate(given)
     dataset = given.get("dataset", Config.dataset)
+    root = data.find(dataset, given.get("data_root", ""))
+    of_dataset = DATASETS[dataset] if dataset in DATASETS else manifest.options_of(root)
+
     preset = given.get("preset", "auto")
     why = "as asked"
     if preset == "auto":
         # The paper's numbers take days without a GPU, and mean nothing on drawn images.
-        real = data.find(dataset, given.get("data_root", "")) is not None
+        real = root is not None
         gpu = given.get("device") != "cpu" and torch.cuda.is_available()
         preset = "paper" if real and gpu else "quick"
         why = f"{'real' if real else 'no real'} data and {'a' if gpu else 'no'} GPU"
 
     # What was given overrides the preset, and that the data set's own values.
-    values = {**DATASETS[dataset], **PRESETS[preset], **given}
+    values = {**of_dataset, **PRESETS[preset], **given}
     values["preset"] = preset
-    if "centres" in values:
-        values["centres"] = tuple(values["centres"])
-    return Config(**values), why
+    return Config(**options.with_tuples(Config, values)), why
 
 
 def main(arguments: list[str] | None = None) -> None:

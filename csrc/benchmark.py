@@ -1,12 +1,19 @@
 """The kernels against every way PyTorch has of doing the same: checked first, then timed.
 
-    python csrc/benchmark.py                        # this machine's GPU, else its CPU
+    python csrc/benchmark.py                  # this machine's GPU, else its CPU
     python csrc/benchmark.py --device cpu --only adamw aggregate --json figures.json
-    python csrc/benchmark.py --only training round  # whole steps, and where their time goes
+    python csrc/benchmark.py --only training  # whole steps and rounds, and where their time goes
 
-Each operation counts the bytes that it cannot avoid moving. Its time gives a bandwidth, which is
-compared with that of a plain copy in the same run, and with the best of the PyTorch paths. Medians;
-on a GPU by CUDA events, with cold caches.
+The operations do so little arithmetic that the bytes decide: a kernel that reads and writes all
+it has to once, and nothing twice, is as fast as memory allows. So the tables show the bytes that
+each element costs, on every machine: those that the kernel moves, and those of the naive CUDA
+kernel, both counted by hand, and those of the definition in fedgs.py, for which each line that
+PyTorch executes is looked at. What the kernel moves, in its time, is a bandwidth. It is compared
+with that of a plain copy in the same run, and the time with the best of the PyTorch paths. The
+naive kernels need a GPU. They move hardly more, so what they lose has other reasons, which
+kernels_cuda.cu names.
+
+Times are medians; on a GPU by CUDA events, with cold caches.
 """
 
 import argparse
@@ -15,6 +22,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import platform
 import re
 import statistics
@@ -30,6 +38,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # This file is a program inside the package: Python looks for imports beside it, not above it.
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -51,19 +61,30 @@ ETA = 1.7
 # Numbers of parameters, at 512 x 512, and what is timed with them.
 UTNET = 14_418_788
 SD_UTNET = 18_836_223
-STEP_SIZES = (UTNET, SD_UTNET, 100_000_000)
-SUM_SIZES = ((UTNET, 5), (UTNET, 32), (SD_UTNET, 5), (100_000_000, 5))  # with numbers of clients
+LARGE = 100_000_000
+STEP_SIZES = (UTNET, SD_UTNET, LARGE)
+SUM_SIZES = ((UTNET, 5), (UTNET, 32), (SD_UTNET, 5), (LARGE, 5))  # with numbers of clients
 MASK_SIZES = ((4, 128), (4, 512), (16, 1024))  # images, and their side
 
 # Whole steps: sides of images, and how often a client's images are gone through.
 WIDTH = 32
-OVERHEAD_SIDES = {"cpu": {128: 5, 256: 2}, "cuda": {128: 10, 256: 10, 512: 10}}
-TRAINING_SIDES = {"cpu": {128: 3, 256: 2}, "cuda": {256: 10, 512: 10}}
-ROUND_SIDES = {"cpu": {256: 3}, "cuda": {512: 12}}
+TRAINING_SIDES = {"cpu": {128: 3, 256: 2}, "cuda": {512: 10}}
 
-PARTS = ("data", "forward", "backward", "difficulty", "step")  # of a training step, in order
-PAPER_IMAGES = (204, 240, 365, 181, 166)  # of PolypGen's clients, in fold 1
-PAPER_STEPS = 100 * 5 * sum(images // 4 for images in PAPER_IMAGES)  # rounds x epochs x batches
+BUDGET = 2.0  # seconds of calls of which a median is taken
+TINY = os.environ.get("FEDGS_TINY") == "1"
+if TINY:  # everything runs in seconds, and no time means anything
+    UTNET, LARGE, WIDTH, BUDGET = 60_000, 100_000, 2, 0.0
+    STEP_SIZES, SUM_SIZES, MASK_SIZES = (UTNET,), ((UTNET, 3),), ((2, 16),)
+    TRAINING_SIDES = {"cpu": {32: 1}, "cuda": {32: 1}}
+
+# Parts of a training step in their order, and what comes once a round.
+PARTS = ("data", "forward", "backward", "difficulty", "step")
+ADDED = "what FedGS adds to FedAvg's"
+AGGREGATION, EVALUATION = "aggregation of 5 clients", "evaluation of an image"
+
+# The paper's experiment on PolypGen: rounds and epochs, and in fold 1 the clients' images.
+PAPER_ROUNDS, PAPER_EPOCHS = 100, 5
+PAPER_TRAIN, PAPER_VALIDATION = (204, 240, 365, 181, 166), (26, 30, 46, 23, 21)
 
 
 # --------------------------------------------------------------------------------------- measuring
@@ -112,10 +133,8 @@ def time_call(function: Callable[[], object], device: torch.device) -> float:
     return clock.seconds()[0]
 
 
-def median_seconds(
-    function: Callable[[], object], device: torch.device, budget: float = 2.0
-) -> float:
-    """Median time of a call: of at least 5 calls, and as many as fit the budget (in seconds)."""
+def median_seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Median time of a call: of at least 5 calls, and as many as fit the budget."""
     # On a GPU, writing 256 MB before each call pushes everything else out of its caches.
     cold = None
     if device.type == "cuda":
@@ -126,7 +145,7 @@ def median_seconds(
     function()
 
     times = []
-    while len(times) < 5 or (sum(times) < budget and len(times) < 200):
+    while len(times) < 5 or (sum(times) < BUDGET and len(times) < 200):
         if cold is not None:
             cold.zero_()
         times.append(time_call(function, device))
@@ -135,12 +154,14 @@ def median_seconds(
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second, read and written, of a copy that no cache holds."""
-    source, target = torch.ones(2, 100_000_000, device=device)
+    source, target = torch.ones(2, LARGE, device=device)
     return 2 * source.nbytes / median_seconds(partial(target.copy_, source), device)
 
 
 def alone(function: Callable[[], object]) -> object:
     """A call's result from a fresh process, which has its own allocator and peak of memory."""
+    if TINY:  # a process takes longer than all of this
+        return function()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function).result()
 
@@ -171,9 +192,40 @@ def gpu_seconds(function: Callable[[], object]) -> float:
     return microseconds / 1e6
 
 
+class Traffic(TorchDispatchMode):
+    """Adds up the bytes of what PyTorch's operations read and write, each as a pass of its own."""
+
+    bytes = 0
+
+    def __torch_dispatch__(
+        self, operation: Callable, types: object, arguments: tuple = (), options: dict | None = None
+    ) -> object:
+        options = options or {}
+        result = operation(*arguments, **options)
+
+        # A view of an argument moves nothing.
+        if not operation.is_view:
+            self.bytes += memory((arguments, options)) + memory(result)
+        return result
+
+
+def memory(things: object) -> int:
+    """Bytes of all tensors among these things, each counted once."""
+    sizes = {x.data_ptr(): x.nbytes for x in tree_leaves(things) if isinstance(x, Tensor)}
+    return sum(sizes.values())
+
+
+def traffic(function: Callable[[], object]) -> int:
+    """The bytes that a call moves, if nothing stays in a cache."""
+    with Traffic() as seen:
+        function()
+    return seen.bytes
+
+
 # -------------------------------------------------- an operation: its paths, their errors and times
 
-Paths = dict[str, Callable[[], object]]  # {name: what does the whole operation, as PyTorch could}
+Paths = dict[str, Callable[[], object]]  # {name: what does the whole operation}
+KERNEL, NAIVE, DEFINITION = "kernel", "naive kernel", "definition"  # the others are PyTorch's, too
 
 
 def accept(what: str, error: Tensor, allowed: float) -> None:
@@ -187,34 +239,40 @@ def accept(what: str, error: Tensor, allowed: float) -> None:
 
 
 def time_paths(
-    operation: str, size: str, moved: int, paths: Paths, device: torch.device
+    operation: str,
+    size: str,
+    elements: int,
+    moved: dict[str, int],
+    paths: Paths,
+    device: torch.device,
 ) -> dict[str, object]:
-    """The figures of an operation that has to move so many bytes."""
+    """The figures of an operation. moved: the bytes of the kernel and of the naive one."""
     print(f"timing {operation}, {size}", file=sys.stderr)
+    moved[DEFINITION] = traffic(paths[DEFINITION])
     times = {name: median_seconds(path, device) for name, path in paths.items()}
 
     # What torch.compile has made for this size would only be in the next one's way.
     torch.compiler.reset()
 
-    others = [name for name in times if name != "kernel"]
+    others = [name for name in times if name not in (KERNEL, NAIVE)]
     best = min(others, key=times.get)
     return {
         "operation": operation,
         "size": size,
-        "bytes": moved,
+        "bytes": {name: count / elements for name, count in moved.items()},
         "ms": {name: 1e3 * seconds for name, seconds in times.items()},
-        "bandwidth": moved / times["kernel"],
+        "bandwidth": moved[KERNEL] / times[KERNEL],
         "best": best,
-        "ratio": times[best] / times["kernel"],
+        "ratio": times[best] / times[KERNEL],
     }
 
 
 @functools.cache
 def tensor_sizes(size: int) -> list[int]:
     """How a vector of this size is cut into UTNet's tensors, as often as they fit, and a rest."""
-    network = UTNet(in_channels=3, classes=2, width=32)
+    network = UTNet(in_channels=3, classes=2, width=WIDTH)
     sizes = [parameter.numel() for parameter in network.parameters()]
-    whole, rest = divmod(size, UTNET)
+    whole, rest = divmod(size, sum(sizes))
     return sizes * whole + ([rest] if rest else [])
 
 
@@ -229,6 +287,7 @@ class StepInputs(NamedTuple):
     m: Tensor
     v: Tensor
     update: Tensor
+    step: Tensor
     eta: Tensor
 
 
@@ -237,13 +296,14 @@ def step_inputs(size: int, device: torch.device, dtype: torch.dtype = torch.floa
     generator = torch.Generator().manual_seed(0)
     vectors = [torch.randn(size, generator=generator).to(device, dtype) for _ in range(5)]
     theta, grad, m, v, update = vectors
+    step = torch.tensor(STEP, device=device)
     eta = torch.tensor(ETA, device=device, dtype=dtype)
-    return StepInputs(theta, grad, m, v.square_(), update, eta)
+    return StepInputs(theta, grad, m, v.square_(), update, step, eta)
 
 
 def step_whole(adamw_accumulate_: Callable, x: StepInputs) -> None:
-    """One call for whole vectors: the kernel, the definition, and the definition compiled."""
-    adamw_accumulate_(x.theta, x.grad, x.m, x.v, STEP, LR, x.update, x.eta)
+    """One call for whole vectors: the kernels, the definition, and the definition compiled."""
+    adamw_accumulate_(x.theta, x.grad, x.m, x.v, x.step, LR, x.update, x.eta)
 
 
 def step_each(tensors: list[StepInputs]) -> None:
@@ -297,19 +357,21 @@ def step_paths(x: StepInputs) -> Paths:
     """All ways of taking one step, in place."""
     sizes = tensor_sizes(len(x.theta))
     theta, grad, m, v, update = (vector.split(sizes) for vector in x[:5])
-    etas = [x.eta] * len(sizes)
-    columns = zip(theta, grad, m, v, update, etas, strict=True)
-    tensors = [StepInputs._make(column) for column in columns]
+    columns = zip(theta, grad, m, v, update, strict=True)
+    tensors = [StepInputs(*column, x.step, x.eta) for column in columns]
 
     compiled = torch.compile(fedgs.adamw_accumulate_, dynamic=False)
-    return {
-        "kernel": partial(step_whole, csrc.adamw_accumulate_, x),
-        "eager": partial(step_whole, fedgs.adamw_accumulate_, x),
-        "eager, tensor by tensor": partial(step_each, tensors),
+    paths = {
+        KERNEL: partial(step_whole, csrc.adamw_accumulate_, x),
+        DEFINITION: partial(step_whole, fedgs.adamw_accumulate_, x),
+        "tensor by tensor": partial(step_each, tensors),
         "foreach": partial(step_foreach, theta, grad, m, v, update, x.eta),
         "AdamW(fused) + foreach": fused_step(x),
         "torch.compile": partial(step_whole, compiled, x),
     }
+    if x.theta.is_cuda:
+        paths[NAIVE] = partial(step_whole, csrc.naive_adamw_accumulate_, x)
+    return paths
 
 
 def check_step(device: torch.device) -> None:
@@ -319,7 +381,7 @@ def check_step(device: torch.device) -> None:
     step_whole(fedgs.adamw_accumulate_, expected)
 
     # The paths share their vectors: each begins from the same values again.
-    found = StepInputs._make(x.to(device, torch.float32) for x in start)
+    found = step_inputs(UTNET + 3, device)
     for name, path in step_paths(found).items():
         for x, value in zip(found, start, strict=True):
             x.copy_(value)
@@ -336,12 +398,13 @@ def check_step(device: torch.device) -> None:
 
 
 def time_steps(device: torch.device) -> list[dict]:
-    """5 reads and 4 writes of 4 bytes a parameter."""
+    """5 reads and 4 writes of 4 bytes a parameter, by either kernel."""
     figures = []
     for size in STEP_SIZES:
         paths = step_paths(step_inputs(size, device))
         label = f"{size / 1e6:.1f} M"
-        figures.append(time_paths("adamw_accumulate_", label, 36 * size, paths, device))
+        moved = {KERNEL: 36 * size, NAIVE: 36 * size}
+        figures.append(time_paths("adamw_accumulate_", label, size, moved, paths, device))
     return figures
 
 
@@ -365,7 +428,7 @@ def sum_inputs(size: int, clients: int, device: torch.device) -> SumInputs:
 
 
 def sum_whole(aggregate: Callable, x: SumInputs) -> Tensor:
-    """The kernel or the definition, which measure and check the updates as well."""
+    """The kernels or the definition, which measure and check the updates as well."""
     result, _, _ = aggregate(x.total, x.updates, x.weights)
     return result
 
@@ -426,14 +489,16 @@ def sum_paths(x: SumInputs) -> Paths:
     weights = torch.tensor(x.weights, device=x.total.device)
     compiled = torch.compile(add_up, dynamic=False)
     paths = {
-        "kernel": partial(sum_whole, csrc.aggregate, x),
-        "eager, with norms and check": partial(sum_whole, fedgs.aggregate, x),
-        "eager": partial(add_up, x.total, x.updates, x.weights),
+        KERNEL: partial(sum_whole, csrc.aggregate, x),
+        DEFINITION: partial(sum_whole, fedgs.aggregate, x),
+        "its sum alone": partial(add_up, x.total, x.updates, x.weights),
         "foreach": add_foreach(x, sizes),
         "addmv, stacked before": partial(torch.addmv, x.total, stacked, weights),
         "torch.compile": partial(compiled, x.total, x.updates, x.weights),
     }
-    if x.total.device.type == "cpu":
+    if x.total.is_cuda:
+        paths[NAIVE] = partial(sum_whole, csrc.naive_aggregate, x)
+    else:
         paths["numpy, layer by layer"] = add_layers(x, sizes)
     return paths
 
@@ -458,13 +523,13 @@ def check_sum(device: torch.device) -> None:
 
 
 def time_sums(device: torch.device) -> list[dict]:
-    """K + 1 reads and one write of 4 bytes a parameter."""
+    """K + 1 reads and one write of 4 bytes a parameter; naively a copy, and K times a sum."""
     figures = []
     for size, clients in SUM_SIZES:
         paths = sum_paths(sum_inputs(size, clients, device))
         label = f"{size / 1e6:.1f} M, K = {clients}"
-        moved = 4 * size * (clients + 2)
-        figures.append(time_paths("aggregate", label, moved, paths, device))
+        moved = {KERNEL: 4 * size * (clients + 2), NAIVE: 4 * size * (2 + 3 * clients)}
+        figures.append(time_paths("aggregate", label, size, moved, paths, device))
     return figures
 
 
@@ -484,11 +549,14 @@ def mask_inputs(
 def mask_paths(masks: Tensor, small: Tensor) -> Paths:
     """All ways of working out areas, difficulties and eta; each returns the three."""
     compiled = torch.compile(fedgs.mask_difficulty, dynamic=False)
-    return {
-        "kernel": partial(csrc.mask_difficulty, masks, small, 100.0),
-        "eager": partial(fedgs.mask_difficulty, masks, small, 100.0),
+    paths = {
+        KERNEL: partial(csrc.mask_difficulty, masks, small, 100.0),
+        DEFINITION: partial(fedgs.mask_difficulty, masks, small, 100.0),
         "torch.compile": partial(compiled, masks, small, 100.0),
     }
+    if masks.is_cuda:
+        paths[NAIVE] = partial(csrc.naive_mask_difficulty, masks, small, 100.0)
+    return paths
 
 
 def check_masks(device: torch.device) -> None:
@@ -511,26 +579,25 @@ def check_masks(device: torch.device) -> None:
 
 
 def time_masks(device: torch.device) -> list[dict]:
-    """Every pixel is read once."""
+    """Every pixel is read once, by either kernel."""
     figures = []
     for images, side in MASK_SIZES:
         for dtype in (torch.uint8, torch.int64):
             masks, small = mask_inputs(images, side, dtype, device)
             label = f"{images} x {side}², {str(dtype).removeprefix('torch.')}"
             paths = mask_paths(masks, small)
-            figures.append(time_paths("mask_difficulty", label, masks.nbytes, paths, device))
+            moved = {KERNEL: masks.nbytes, NAIVE: masks.nbytes}
+            pixels = masks.numel()
+            figures.append(time_paths("mask_difficulty", label, pixels, moved, paths, device))
     return figures
 
 
-# ------------------------------------------------------------------- what FedGS adds to whole steps
+# ------------------------------------------------------------------------- whole steps and rounds
 
 
-def configure(
-    device: torch.device, side: int, epochs: int, precision: str, method: str = "fedgs"
-) -> fedgs.Config:
+def configure(device: torch.device, side: int, epochs: int, precision: str) -> fedgs.Config:
     """The paper's options but for these."""
     return fedgs.Config(
-        method=method,
         local_epochs=epochs,
         image_size=side,
         width=WIDTH,
@@ -550,83 +617,8 @@ def drawn_images(count: int, side: int) -> data.Images:
         masks=torch.from_numpy(masks).unsqueeze(1).byte(),
         inverse_area=torch.from_numpy(side**2 / np.maximum(areas, 1)),
         small=torch.ones(count, dtype=torch.bool),
+        spacing=torch.ones(count, 2, dtype=torch.float64),
     )
-
-
-def watch(function: Callable, spent: list[float], device: torch.device) -> Callable:
-    """The function, with the seconds of each call added to a list."""
-
-    def watched(*given: object) -> object:
-        clock = new_clock(device)
-        clock.tick()
-        result = function(*given)
-        clock.tick()
-        spent.extend(clock.seconds())
-        return result
-
-    return watched
-
-
-def time_overhead(
-    device: torch.device, side: int, kernels: fedgs.Kernels, repetitions: int
-) -> dict[str, object]:
-    """Steps inside fedgs.train_client, and in them what difficulty and update take."""
-    epochs = 4  # of one step each
-    images = drawn_images(4, side).to(device)
-    precision = hardware.choose_precision("auto", device)
-    configs = {
-        method: configure(device, side, epochs, precision, method) for method in ("fedavg", "fedgs")
-    }
-    flat = fedgs.FlatNetwork(fedgs.build_network(configs["fedgs"]).to(device))
-    state = flat.state()
-
-    # The methods take turns, so that a slow moment of the machine meets both.
-    steps = {"fedavg": [], "fedgs": []}
-    updates = {"fedavg": [], "fedgs": []}
-    for repetition in range(repetitions + 1):
-        for method, config in configs.items():
-            clock = new_clock(device)
-            spent = []
-            watched = kernels._replace(
-                mask_difficulty=watch(kernels.mask_difficulty, spent, device),
-                adamw_accumulate_=watch(kernels.adamw_accumulate_, spent, device),
-            )
-            fedgs.train_client(flat, state, images, config, 1, watched, on_step=clock.tick)
-
-            # The first repetition warms up, and a first step has no beginning on the clock.
-            if repetition > 0:
-                by_step = np.reshape(spent, (epochs, -1)).sum(axis=1)
-                updates[method] += by_step.tolist()[1:]
-                steps[method] += clock.seconds()
-
-    # Whole steps vary by more than what FedGS adds: the overhead comes from the parts that differ.
-    step = statistics.median(steps["fedavg"])
-    plain = statistics.median(updates["fedavg"])
-    scaled = statistics.median(updates["fedgs"])
-    return {
-        "operation": "UTNet step",
-        "kernels": kernels.name,
-        "size": f"4 x {side}², {precision}",
-        "steps": len(steps["fedavg"]),
-        "fedavg_ms": 1e3 * step,
-        "update_fedavg_ms": 1e3 * plain,
-        "update_fedgs_ms": 1e3 * scaled,
-        "overhead": (scaled - plain) / step,
-        "whole_step_difference": statistics.median(steps["fedgs"]) / step - 1,
-    }
-
-
-def time_overheads(device: torch.device) -> list[dict]:
-    """With the kernels and with the definitions."""
-    compiled, _ = fedgs.choose_kernels("auto", device)
-    figures = []
-    for side, repetitions in OVERHEAD_SIDES[device.type].items():
-        figures.append(time_overhead(device, side, compiled, repetitions))
-        figures.append(time_overhead(device, side, fedgs.PYTORCH, repetitions))
-    return figures
-
-
-# --------------------------------------------------------------------- whole steps by several paths
 
 
 class Training(NamedTuple):
@@ -635,18 +627,24 @@ class Training(NamedTuple):
     config: fedgs.Config
     flat: fedgs.FlatNetwork
     kernels: fedgs.Kernels
-    gradient: Callable
+    take_step: Callable
+
+
+def path_names(device: torch.device) -> list[str]:
+    """plain: with the definitions, a launch after another, in memory as the system gives it; the
+    others: as in a run of fedgs.py.
+    """
+    names = ["plain fp32", "fp32"]
+    if hardware.has_bf16(device):
+        names += ["plain bf16", "bf16"]
+    return names
 
 
 def prepare(path: str, device: torch.device, side: int, epochs: int) -> Training:
-    """Set up a path of training, in a process of its own.
-
-    plain: float32 with the definitions, batch by batch, in memory as the system gives it; fp32,
-    bf16: as in a run of fedgs.py.
-    """
-    precision = "bf16" if path == "bf16" else "fp32"
-    config = configure(device, side, epochs, precision)
-    if path == "plain":
+    """Set up a path of training, in a process of its own."""
+    config = configure(device, side, epochs, precision=path.removeprefix("plain "))
+    plain = path.startswith("plain")
+    if plain:
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.allow_tf32 = False
         kernels = fedgs.PYTORCH
@@ -655,142 +653,122 @@ def prepare(path: str, device: torch.device, side: int, epochs: int) -> Training
         kernels, _ = fedgs.choose_kernels("auto", device)
 
     flat = fedgs.FlatNetwork(fedgs.build_network(config).to(device))
-    gradient = fedgs.batch_gradient
-    if path != "plain" and device.type == "cuda":
-        gradient = hardware.CapturedGradient(fedgs.batch_gradient)
-    return Training(config, flat, kernels, gradient)
+    take_step = fedgs.training_step
+    if not plain and device.type == "cuda":
+        take_step = hardware.CapturedStep(fedgs.training_step)
+    return Training(config, flat, kernels, take_step)
 
 
-def train_path(path: str, device: torch.device, side: int, epochs: int) -> dict[str, float]:
-    """Epochs of eight steps of fedgs.train_client. -> the path's figures"""
-    config, flat, kernels, gradient = prepare(path, device, side, epochs)
+def train_path(path: str, device: torch.device, side: int, epochs: int) -> dict[str, object]:
+    """Epochs of eight steps of fedgs.train_client, and a round in parts. -> the path's figures"""
+    training = prepare(path, device, side, epochs)
+    config, flat, kernels, take_step = training
     state = flat.state()
     images = drawn_images(32, side).to(device)
     few = images.subset(range(8))
 
     # Two batches of each epoch warm up.
-    warm_up = partial(fedgs.train_client, flat, state, few, config, 1, kernels, gradient)
-    steps = warm_up().log.steps
+    warm_up = partial(fedgs.train_client, flat, state, few, config, 1, kernels, take_step)
+    update = warm_up()
 
     clock = new_clock(device)
-    fedgs.train_client(flat, state, images, config, 1, kernels, gradient, clock.tick)
+    fedgs.train_client(flat, state, images, config, 1, kernels, take_step, clock.tick)
     seconds = clock.seconds()
     step = statistics.median(seconds)
     figures = {"ms": 1e3 * step, "steps": len(seconds), "peak_bytes": peak_memory(device)}
-
     if device.type == "cuda":
-        busy = gpu_seconds(warm_up) / steps
-        figures["steps_a_second"] = 1 / step
-        figures["gpu_busy"] = busy / step
-        figures["paper_hours"] = PAPER_STEPS * step / 3600
+        figures["gpu_busy"] = gpu_seconds(warm_up) / update.log.steps / step
+
+    parts = time_parts(training, images.subset(range(16)))
+    parts |= time_server(training, state, update, images.to(torch.device("cpu")))
+    figures["parts_ms"] = {part: 1e3 * spent for part, spent in parts.items()}
+
+    batches = sum(count // config.batch_size for count in PAPER_TRAIN)
+    training_time = PAPER_EPOCHS * batches * step
+    validation_time = sum(PAPER_VALIDATION) * parts[EVALUATION]
+    round_time = training_time + parts[AGGREGATION] + validation_time
+    figures["paper_hours"] = PAPER_ROUNDS * round_time / 3600
     return figures
 
 
-def time_training(device: torch.device, side: int, epochs: int) -> dict[str, object]:
-    """A step of training by every path that the hardware has."""
-    print(f"timing training, 4 x {side}²", file=sys.stderr)
-    names = ["plain", "fp32"]
-    if hardware.has_bf16(device):
-        names.append("bf16")
-    paths = {name: alone(partial(train_path, name, device, side, epochs)) for name in names}
-    return {"operation": "training", "size": f"4 x {side}²", "paths": paths}
+def time_parts(training: Training, images: data.Images) -> dict[str, float]:
+    """The lines of fedgs.training_step, with a tick of the clock after each of PARTS.
 
-
-def time_trainings(device: torch.device) -> list[dict]:
-    sides = TRAINING_SIDES[device.type]
-    return [time_training(device, side, epochs) for side, epochs in sides.items()]
-
-
-# ----------------------------------------------------------------------- where a round's time goes
-
-
-def train_in_parts(path: str, device: torch.device, side: int, epochs: int) -> dict[str, float]:
-    """A path's steps part by part, and what comes once a round. -> {part: ms}"""
-    config, flat, kernels, _ = prepare(path, device, side, 1)
-    state = flat.state()
-    images = drawn_images(16, side)
-    client = images.to(device)
-    update = fedgs.train_client(flat, state, client, config, 1, kernels)  # warms up
-
-    clock = new_clock(device)
-    time_parts(flat, client, config, kernels, epochs, clock)
-    by_step = np.reshape(clock.seconds(), (-1, len(PARTS)))
-    medians = np.median(by_step, axis=0).tolist()
-    seconds = dict(zip(PARTS, medians, strict=True))
-
-    # Each client's update is in memory of its own, as it would be.
-    names = ("C1", "C2", "C3", "C4", "C5")
-    updates = [replace(update, client=name, vector=update.vector.clone()) for name in names]
-    server = fedgs.Server(state, dict.fromkeys(names, 1 / 5), config, kernels)
-    apply = partial(server.apply, updates)
-    seconds["aggregation of 5 clients"] = median_seconds(apply, device)
-
-    clock = new_clock(device)
-    for _ in range(4):
-        fedgs.evaluate(flat.network, images)
-        clock.tick()
-    seconds["evaluation of an image"] = statistics.median(clock.seconds()) / len(images)
-    return {part: 1e3 * spent for part, spent in seconds.items()}
-
-
-def time_parts(
-    flat: fedgs.FlatNetwork,
-    client: data.Images,
-    config: fedgs.Config,
-    kernels: fedgs.Kernels,
-    epochs: int,
-    clock: Clock,
-) -> None:
-    """The lines of fedgs.train_client, with a tick of the clock after each of PARTS."""
+    -> {part: seconds}, and what FedGS's two parts take more than FedAvg's. The step is not
+    captured: then it would be one launch, and have no parts.
+    """
+    config, flat, kernels, _ = training
     theta, grad = flat.parameters, flat.grad
-    m = torch.zeros_like(theta)
-    v = torch.zeros_like(theta)
-    update = torch.zeros_like(theta)
-    step = 0
+    m, v, step, update = flat.progress
     generator = torch.Generator().manual_seed(0)
+    clock = new_clock(theta.device)
     flat.network.train()
 
+    # The methods take turns, so that a slow moment of the machine meets both.
     clock.tick()
-    for _ in range(epochs):
-        for batch in fedgs.epoch_batches(client, config, generator):
-            images, masks = data.augment(batch.images, batch.masks, batch.draws)
-            images = data.normalise(images)
+    for method in ("fedgs", "fedavg") * config.local_epochs:
+        for batch in fedgs.epoch_batches(images, config, generator):
+            x, masks = data.augment(batch.images, batch.masks, batch.draws)
+            x = data.normalise(x)
             clock.tick()
 
-            loss, _ = fedgs.training_loss(
-                flat.network, images, masks, batch.noise, config.precision
-            )
+            loss, _ = fedgs.training_loss(flat.network, x, masks, batch.noise, config.precision)
             clock.tick()
 
             grad.zero_()
             loss.backward()
             clock.tick()
 
-            _, _, eta = kernels.mask_difficulty(masks, batch.small, config.log_base)
+            if method == "fedgs":
+                _, _, eta = kernels.mask_difficulty(masks, batch.small, config.log_base)
             clock.tick()
 
-            step += 1
-            kernels.adamw_accumulate_(theta, grad, m, v, step, config.lr, update, eta)
+            step.add_(1)
+            if method == "fedgs":
+                kernels.adamw_accumulate_(theta, grad, m, v, step, config.lr, update, eta)
+            else:
+                kernels.adamw_accumulate_(theta, grad, m, v, step, config.lr)
             clock.tick()
 
-
-def time_round(device: torch.device, side: int, epochs: int) -> dict[str, object]:
-    """Where a round's time goes, plain and as in a run of fedgs.py."""
-    print(f"timing a round, 4 x {side}²", file=sys.stderr)
-    parts = {}
-    for path in ("plain", "fp32"):
-        parts[path] = alone(partial(train_in_parts, path, device, side, epochs))
-
-    # A captured step is one launch and has no parts: it is timed whole.
-    if device.type == "cuda":
-        captured = alone(partial(train_path, "fp32", device, side, 2))
-        parts["fp32"]["the step, captured"] = captured["ms"]
-    return {"operation": "round", "size": f"4 x {side}²", "parts_ms": parts}
+    seconds = np.reshape(clock.seconds(), (config.local_epochs, 2, -1, len(PARTS)))
+    scaled, plain = np.median(seconds, axis=(0, 2)).tolist()
+    parts = dict(zip(PARTS, scaled, strict=True))
+    parts[ADDED] = sum(scaled[-2:]) - sum(plain[-2:])
+    return parts
 
 
-def time_rounds(device: torch.device) -> list[dict]:
-    sides = ROUND_SIDES[device.type]
-    return [time_round(device, side, epochs) for side, epochs in sides.items()]
+def time_server(
+    training: Training, state: fedgs.State, update: fedgs.Update, images: data.Images
+) -> dict[str, float]:
+    """What comes once a round. -> {part: seconds}"""
+    config, flat, kernels, _ = training
+    device = flat.grad.device
+
+    # Each client's update is in memory of its own, as it would be.
+    names = ("C1", "C2", "C3", "C4", "C5")
+    updates = [replace(update, client=name, vector=update.vector.clone()) for name in names]
+    server = fedgs.Server(state, dict.fromkeys(names, 1 / 5), config, kernels)
+    aggregation = median_seconds(partial(server.apply, updates), device)
+
+    clock = new_clock(device)
+    for _ in range(4):
+        fedgs.evaluate(flat.network, images)
+        clock.tick()
+    evaluation = statistics.median(clock.seconds()) / len(images)
+    return {AGGREGATION: aggregation, EVALUATION: evaluation}
+
+
+def time_trainings(device: torch.device) -> list[dict]:
+    """A training step and a round by every path that the hardware has."""
+    figures = []
+    for side, epochs in TRAINING_SIDES[device.type].items():
+        size = f"4 x {side}²"
+        print(f"timing training, {size}", file=sys.stderr)
+        paths = {}
+        for name in path_names(device):
+            paths[name] = alone(partial(train_path, name, device, side, epochs))
+        figures.append({"operation": "training", "size": size, "paths": paths})
+    return figures
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -834,16 +812,13 @@ def markdown(machine: dict, figures: list[dict]) -> str:
         bandwidth = machine["copy_bandwidth"]
         sections.append(table([kernel_cells(row, bandwidth) for row in kernels]))
 
-    overheads = [row for row in figures if "overhead" in row]
-    if overheads:
-        sections.append(table([overhead_cells(row) for row in overheads]))
-
     trainings = [row for row in figures if "paths" in row]
     if trainings:
-        sections.append(training_table(trainings))
-
-    rounds = [row for row in figures if "parts_ms" in row]
-    sections += [round_table(row) for row in rounds]
+        cells = []
+        for row in trainings:
+            cells += [training_cells(row, path) for path in row["paths"]]
+        sections.append(table(cells))
+        sections += [parts_table(row) for row in trainings]
     return "\n\n".join(sections)
 
 
@@ -854,85 +829,57 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def kernel_cells(row: dict, copy_bandwidth: float) -> dict[str, str]:
-    """An operation's kernel beside the best of the PyTorch paths."""
+    """An operation's kernel beside the naive one, on a GPU, and the best of the PyTorch paths."""
     ms = row["ms"]
     best = row["best"]
-    others = [f"{name} {ms[name]:.3g}" for name in ms if name not in ("kernel", best)]
-    return {
+    others = [f"{name} {ms[name]:.3g}" for name in ms if name not in (KERNEL, NAIVE, best)]
+    moved = [f"{row['bytes'][name]:.3g}" for name in (KERNEL, NAIVE, DEFINITION)]
+    cells = {
         "operation": row["operation"],
         "size": row["size"],
-        "kernel": f"{ms['kernel']:.3g} ms",
+        "bytes an element: kernel, naive, definition": ", ".join(moved),
+        "kernel": f"{ms[KERNEL]:.3g} ms",
         "GB/s": f"{row['bandwidth'] / 1e9:.1f}",
         "of copy": f"{row['bandwidth'] / copy_bandwidth:.0%}",
-        "best PyTorch path": f"{best}, {ms[best]:.3g} ms",
-        "ratio": f"**{row['ratio']:.1f}×**",
-        "the others": ", ".join(others),
     }
-
-
-def overhead_cells(row: dict) -> dict[str, str]:
-    """What FedGS adds to a step of FedAvg."""
-    whole = f"{row['whole_step_difference']:+.1%} (median of {row['steps']})"
-    return {
-        "UTNet step, width 32": row["size"],
-        "kernels": row["kernels"],
-        "FedAvg's step": f"{row['fedavg_ms']:.0f} ms",
-        "its update": f"{row['update_fedavg_ms']:.2f} ms",
-        "FedGS's difficulty and update": f"{row['update_fedgs_ms']:.2f} ms",
-        "overhead": f"**{row['overhead']:.2%}**",
-        "whole steps compared": whole,
-    }
-
-
-def training_table(figures: list[dict]) -> str:
-    """A step by each path, beside the plain one."""
-    rows = []
-    for row in figures:
-        plain = row["paths"]["plain"]
-        for name, path in row["paths"].items():
-            rows.append(training_cells(row["size"], name, path, plain))
-
-    text = table(rows)
-    if "bf16" not in figures[0]["paths"]:
-        text += "\n\nbf16 is left out: this hardware does not compute in it."
-    return text
-
-
-def training_cells(size: str, name: str, path: dict, plain: dict) -> dict[str, str]:
-    """One path of training; on a GPU with more columns."""
-    cells = {
-        "UTNet, width 32": size,
-        "path": name,
-        "a step (median of)": f"{path['ms']:.4g} ms ({path['steps']})",
-        "ratio to plain": f"**{plain['ms'] / path['ms']:.2f}×**",
-        "peak memory": f"{path['peak_bytes'] / 2**30:.2f} GiB",
-    }
-    if "gpu_busy" in path:
-        paper = f"{PAPER_STEPS:,} steps, as the paper's PolypGen experiment has"
-        cells["steps a second"] = f"{path['steps_a_second']:.1f}"
-        cells["GPU busy"] = f"{path['gpu_busy']:.0%}"
-        cells[paper] = f"{path['paper_hours']:.1f} h"
+    if NAIVE in ms:
+        cells["naive kernel"] = f"{ms[NAIVE]:.3g} ms"
+    cells["best PyTorch path"] = f"{best}, {ms[best]:.3g} ms"
+    cells["ratio"] = f"**{row['ratio']:.1f}×**"
+    cells["the others"] = ", ".join(others)
     return cells
 
 
-def round_table(row: dict) -> str:
-    """The parts of a step with their shares of it, then the rest of a round."""
-    plain = row["parts_ms"]["plain"]
-    fp32 = row["parts_ms"]["fp32"]
-    plain_step = sum(plain[part] for part in PARTS)
-    fp32_step = sum(fp32[part] for part in PARTS)
+def training_cells(row: dict, name: str) -> dict[str, str]:
+    """One path of training; on a GPU with how busy it is."""
+    path = row["paths"][name]
+    plain = row["paths"]["plain fp32"]
+    cells = {
+        f"UTNet, width {WIDTH}": row["size"],
+        "path": name,
+        "a step (median of)": f"{milliseconds(path['ms'])} ({path['steps']})",
+        "ratio to plain fp32": f"**{plain['ms'] / path['ms']:.2f}×**",
+        "peak memory": f"{path['peak_bytes'] / 2**30:.2f} GiB",
+    }
+    if "gpu_busy" in path:
+        cells["GPU busy"] = f"{path['gpu_busy']:.0%}"
+    cells["the paper's experiment, at this size"] = f"{path['paper_hours']:.1f} h"
+    return cells
 
-    lines = [[f"a step, {row['size']}", "plain", "share", "fp32", "share"]]
-    for part in PARTS:
-        before, after = plain[part], fp32[part]
-        shares = f"{before / plain_step:.2%}", f"{after / fp32_step:.2%}"
-        lines.append([part, milliseconds(before), shares[0], milliseconds(after), shares[1]])
-    lines.append(["**all of these**", milliseconds(plain_step), "", milliseconds(fp32_step), ""])
 
-    for part in fp32:
-        if part not in PARTS:
-            before = milliseconds(plain[part]) if part in plain else ""
-            lines.append([part, before, "", milliseconds(fp32[part]), ""])
+def parts_table(row: dict) -> str:
+    """The parts of a step with their shares of it, then the rest of a round, by each path."""
+    lines = [[f"a step in parts, {row['size']}", *row["paths"]]]
+    for part in (*PARTS, ADDED, AGGREGATION, EVALUATION):
+        cells = [part]
+        for path in row["paths"].values():
+            ms = path["parts_ms"]
+            cell = milliseconds(ms[part])
+            if part in (*PARTS, ADDED):
+                whole = sum(ms[one] for one in PARTS)
+                cell += f" ({ms[part] / whole:.2%})"
+            cells.append(cell)
+        lines.append(cells)
     return tables.markdown(lines)
 
 
@@ -942,13 +889,12 @@ def milliseconds(ms: float) -> str:
 
 # ------------------------------------------------------------------------------------ command line
 
+CHECKS = {"adamw": check_step, "aggregate": check_sum, "masks": check_masks}
 BENCHMARKS = {  # what --only chooses from, in the order of the tables
     "adamw": time_steps,
     "aggregate": time_sums,
     "masks": time_masks,
-    "steps": time_overheads,
     "training": time_trainings,
-    "round": time_rounds,
 }
 
 
@@ -969,11 +915,12 @@ def main() -> None:
     if problem:
         sys.exit(f"benchmark.py: {problem}")
 
-    # A fast path that computes something else is no path.
+    # A fast path that computes something else is no path. Whole steps take all three.
     torch.manual_seed(0)
-    check_step(device)
-    check_sum(device)
-    check_masks(device)
+    operations_alone = set(options.only) <= set(CHECKS)
+    for name, check in CHECKS.items():
+        if name in options.only or not operations_alone:
+            check(device)
 
     about = machine(device, copy_bandwidth(device))
     figures = []

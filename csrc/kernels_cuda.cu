@@ -118,8 +118,8 @@ void launch_naive_mask_difficulty(const Masks& batch, cudaStream_t stream) {
 // * A thread loads 16 bytes at a time, and four such loads before it counts the first.
 // * Lesion pixels are counted in registers, then over a warp by shuffles, then over a block in
 //   shared memory. No atomic for each of them: those of one image would wait for one another.
-// * A division by the number of pixels once a block, instead of once a pixel.
-// * One launch instead of four: whichever block is the last to finish does what is left.
+// * A block counts in one image only, so that no thread has to divide to find out which it is in.
+// * One launch instead of three and a memset: the block that finishes last does what is left.
 
 constexpr int LOADS = 4;                          // 16-byte loads that each thread has under way
 constexpr int MASK_BYTES = THREADS * LOADS * 16;  // what a block reads
@@ -386,7 +386,7 @@ void naive::adamw_accumulate(const Step& step, const AdamWOptions& options, Plac
 
 namespace {
 
-// First: a launch a client, a thread an element.
+// First: a launch a client, after total was copied to out; a thread an element.
 __global__ void naive_add_kernel(const float* update, float weight, int64_t n, float* out,
                                  double* norm) {
     const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;

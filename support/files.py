@@ -1,17 +1,20 @@
-"""Files that are written whole or not at all, and the text formats of a run's tables."""
+"""Files that are written whole or not at all, checksums, and the text formats of a run's tables."""
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from support.errors import UserError
 
 TEMPORARY = ".tmp-"  # how the name of a file begins until it is whole
+CHECKSUM_SIZE = 64  # characters
+JSON_END = b'"\n}\n'  # what follows the checksum in JSON text that ends with one
 
 
 @contextlib.contextmanager
@@ -43,10 +46,17 @@ def is_temporary(path: Path) -> bool:
     return path.name.startswith(TEMPORARY)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all. Raises OSError."""
+def write_text(path: Path, text: str) -> str:
+    """Write a text file, whole or not at all. -> its checksum. Raises OSError."""
+    content = text.encode()
     with replacing(path) as new:
-        new.write_text(text, encoding="utf-8")
+        new.write_bytes(content)
+    return checksum(content)
+
+
+def checksum(content: bytes | memoryview) -> str:
+    """BLAKE2b in hexadecimal, which `b2sum -l 256` prints, too: a changed bit changes it."""
+    return hashlib.blake2b(content, digest_size=CHECKSUM_SIZE // 2).hexdigest()
 
 
 def to_csv(rows: Sequence[dict]) -> str:
@@ -70,6 +80,30 @@ def to_json(value: dict) -> str:
         return x
 
     return json.dumps(without_nan(value), indent=2) + "\n"
+
+
+def to_checked_json(value: dict, checksums: Mapping[str, str]) -> str:
+    """JSON text that ends with checksums: these of other files, and that of all before it."""
+    text = to_json({**value, "checksums": checksums, "checksum": ""})
+    before = text.removesuffix(JSON_END.decode())
+    return before + checksum(before.encode()) + JSON_END.decode()
+
+
+def from_checked_json(content: bytes) -> dict | None:
+    """What `to_checked_json` wrote; None where it has changed since.
+
+    Text from which someone has taken the checksums, or that never had any, is not checked. The two
+    names of them are never both lost to a flipped bit.
+    """
+    before = content[: -CHECKSUM_SIZE - len(JSON_END)]
+    is_checked = b"checksum" in content
+    if is_checked and content != before + checksum(before).encode() + JSON_END:
+        return None
+    try:
+        value = json.loads(content)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:

@@ -5,18 +5,31 @@ A field says everything about its option: default, help, choices, and in `metada
     free   it may change when a run goes on, since it decides where and how long a run computes
     place  it may also change when a trained network is tested: which images, in which arithmetic
     path   it is a path of this machine, and stays out of checkpoints
+    item   what each of its values is, where it is several of other things than text
 """
 
 import argparse
 import math
+import shlex
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, NoReturn
 
 from support.errors import UserError
 
 # Help texts that take more than a line, and long lists of choices.
+DATASET_HELP = (
+    "data set: polypgen, lits, or a manifest of your own, a .csv file or a folder with a "
+    "manifest.csv"
+)
+IMAGES_HELP = "colour, grey, or slices of volumes; default for your own images: as their files are"
+LESION_HELP = "which values of a mask are lesion; default: as the masks of a centre tell"
+WINDOW_HELP = (
+    "the two values that become black and white, of volumes and of images with more than 8 bits; "
+    "default: percentiles of each"
+)
+OUT_CENTRE_HELP = 'the one of them that is held out for testing; "" for none'
 PRESET_HELP = "values for other options; auto: paper with real data and a GPU, else quick"
 METHODS = ("fedgs", "fedavg", "fedprox")
 METHOD_HELP = "fedgs, or one of the baselines fedavg and fedprox"
@@ -28,10 +41,11 @@ BATCH_NORM_HELP = (
     "means and variances in validation: averaged by the server, as in the paper, or each centre's "
     "own; the final test shows both"
 )
+SPLITS = ("fold", "centre", "grouped", "given")
 SPLIT_HELP = (
     "each client's train, validation and test images: five folds (the published ones for "
-    "PolypGen, of volumes for LiTS), the published per-centre split, or folds that keep "
-    "near-duplicate frames together"
+    "PolypGen, of volumes for LiTS), the published per-centre split, folds that keep "
+    "near-duplicate frames together, or (given) as a manifest's column says"
 )
 PRECISIONS = ("auto", "fp32", "bf16")
 PRECISION_HELP = (
@@ -82,7 +96,7 @@ def spelling(name: str) -> str:
 def shown(value: object) -> str:
     """An option's value as it is typed."""
     if isinstance(value, list | tuple):
-        return " ".join(str(item) for item in value)
+        return shlex.join(str(item) for item in value)
     return str(value)
 
 
@@ -137,7 +151,7 @@ def argument(f: Field, other_defaults: Mapping[str, Mapping[str, object]]) -> di
 
     how = {"help": help_text, "choices": f.metadata.get("choices")}
     if isinstance(f.default, tuple):
-        return {**how, "nargs": "+", "type": str}
+        return {**how, "nargs": "+", "type": f.metadata.get("item", str)}
     return {**how, "type": type(f.default)}
 
 
@@ -174,6 +188,15 @@ def refuse_moved(arguments: list[str]) -> None:
             raise UserError(f"{name} takes one value here; several: {MOVED[name + 's']}")
 
 
+def with_tuples(config: type, values: Mapping[str, object]) -> dict[str, object]:
+    """{field: value} in which lists, as command lines and files have them, are tuples."""
+    changed = dict(values)
+    for f in fields(config):
+        if isinstance(f.default, tuple) and f.name in changed:
+            changed[f.name] = tuple(changed[f.name])
+    return changed
+
+
 # ------------------------------------------------------------------------------------------ checks
 
 
@@ -203,22 +226,42 @@ def check(config: Any, known_centres: Collection[str]) -> None:
         require(config.batch_size > 1, "batch_size", "sd-utnet needs two images or more")
         require(config.width > 1, "width", "sd-utnet needs 2 or more")
 
+    workers = config.workers
+    count = workers.isascii() and workers.isdigit() and int(workers) >= 1
+    require(workers == "auto" or count, "workers", "must be auto, or a number of processes")
+
     centres = config.centres
     known = shown(tuple(known_centres))
     require(set(centres) <= set(known_centres), "centres", f"must be among {known}")
     require(len(set(centres)) == len(centres), "centres", "names a centre twice")
-    require(config.out_centre in centres, "out_centre", "must be among --centres")
-    require(len(centres) > 1, "centres", "leaves no client beside the held-out centre")
+    require(config.out_centre in (*centres, ""), "out_centre", "must be among --centres")
+    require(len(config.clients) > 0, "centres", "leaves no client beside the held-out centre")
 
-    if config.split == "grouped":
+    if config.split in ("centre", "given"):
+        no_folds = f"--split {config.split} has no folds, choose --split fold"
+        require(config.fold == 1, "fold", no_folds)
+    check_images(config, require)
+
+
+def check_images(config: Any, require: Callable[[bool, str, str], None]) -> None:
+    """The part of `check` that is about what the images are, and how they are read."""
+    slices = config.images == "slices"
+    if config.dataset == "lits":
+        require(slices, "images", "LiTS is read as slices")
         by_volume = "LiTS is split by volume anyway: fold or centre"
-        require(config.dataset == "polypgen", "split", by_volume)
-    if config.split == "centre":
-        require(config.fold == 1, "fold", "--split centre has no folds, choose --split fold")
+        require(config.split != "grouped", "split", by_volume)
+    if config.dataset == "polypgen":
+        require(not slices, "images", "PolypGen's are colour or grey")
+    if config.dataset in ("polypgen", "lits"):
+        require(not config.lesion, "lesion", "is for masks of your own")
+        require(config.split != "given", "split", "is for a manifest with a column split")
 
-    workers = config.workers
-    count = workers.isascii() and workers.isdigit() and int(workers) >= 1
-    require(workers == "auto" or count, "workers", "must be auto, or a number of processes")
+    require(all(value > 0 for value in config.lesion), "lesion", "must be whole numbers above 0")
+    window = config.window
+    if window:
+        require(config.images != "colour", "window", "is for volumes and grey images")
+        rising = len(window) == 2 and -math.inf < window[0] < window[1] < math.inf
+        require(rising, "window", "must be two numbers, the lower one first")
 
 
 def check_sizes(config: Any, facts: Mapping[str, Any]) -> None:
@@ -234,8 +277,11 @@ def check_sizes(config: Any, facts: Mapping[str, Any]) -> None:
 
     if not any(facts[client].validation for client in config.clients):
         raise UserError(
-            f"--split {config.split} leaves no validation images: the centres have too few images"
+            f"--split {config.split} leaves no validation images: the centres have too few images, "
+            "or too few groups of them"
         )
+    if not any(of_centre.test for of_centre in facts.values()):
+        raise UserError(f"--split {config.split} leaves no test images")
 
 
 def plausible(f: Field, value: object) -> bool:
@@ -243,7 +289,8 @@ def plausible(f: Field, value: object) -> bool:
     if f.default is MISSING:
         return True
     if isinstance(f.default, tuple):
-        return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+        item = f.metadata.get("item", str)
+        return isinstance(value, list | tuple) and all(isinstance(one, item) for one in value)
     if isinstance(f.default, float):
         return type(value) in (int, float)
     choices = f.metadata.get("choices")

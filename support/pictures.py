@@ -30,6 +30,7 @@ RED = "#D55E00"
 SKY = "#56B4E9"
 GREY = "0.4"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY)
+MOST_NAMED = 12  # clients whose names a legend has room for
 
 
 def save_figure(path: Path, figure: "Figure") -> None:
@@ -60,7 +61,11 @@ def draw_curves(history: Sequence[Mapping], title: str) -> "Figure":
 
     columns = [column for column in history[0] if column.startswith("loss_")]
     for column, colour in zip(columns, itertools.cycle(COLOURS)):
-        draw_rounds(losses, history, column, column.removeprefix("loss_"), colour)
+        label = column.removeprefix("loss_")
+        if len(columns) > MOST_NAMED:
+            # Their number stands for the names, once: labels that begin with _ are not listed.
+            label = f"{len(columns)} clients" if column == columns[0] else "_"
+        draw_rounds(losses, history, column, label, colour)
     losses.set(title="training loss of each client", ylabel="mean over the round's steps")
 
     draw_rounds(dice, history, "dice_l", "Dice_L (not small)", BLUE)

@@ -249,7 +249,7 @@ class SpreadClients:
         places = []
         for rank in range(1 + len(self.channels)):
             own = clients_at(rank, self.owners)
-            places.append(f"process {rank}: {' '.join(own)}")
+            places.append(f"process {rank}: {', '.join(own)}")
         return f" each of {len(places)} processes ({'; '.join(places)})"
 
     def train(self, state: Any, round_: int) -> Iterator[Any]:
@@ -281,7 +281,7 @@ class SpreadClients:
         return {client: tallies[client] for client in self.owners}
 
     def test(self, state: Any) -> list[Any]:
-        """Every centre's test, in the order of the clients, then the held-out centre's."""
+        """Every centre's test, in the order of the clients, then that of a held-out centre."""
         sent = state_on(CPU, state)
         for channel in self.channels.values():
             channel.request("test", sent)
@@ -290,6 +290,7 @@ class SpreadClients:
         for channel in self.channels.values():
             tests.extend(channel.answer())
 
+        # In the order of the centres, those of each in the order that its process tested them.
         order = [*self.owners, self.federation.out_centre]
         return sorted(tests, key=lambda test: order.index(test.centre))
 

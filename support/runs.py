@@ -1,10 +1,13 @@
 """A run's folder: what it leaves, exact resume, and what its first lines say.
 
-Files are written whole or not at all. resume.pt comes last in a round, results.json last of all:
-until they are there, the round or the run has not ended.
+Files are written whole or not at all. A round is over with resume.pt: the files that come after it
+say nothing that it does not, and are written again when the run goes on. The run is over with
+results.json, which vouches for the tables beside it.
 """
 
+import itertools
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,17 +20,26 @@ import torch
 import metrics
 from support import checkpoints, hardware, options, pictures
 from support.errors import UserError
-from support.files import is_temporary, to_csv, to_json, write_text
+from support.files import (
+    checksum,
+    from_checked_json,
+    is_temporary,
+    to_checked_json,
+    to_csv,
+    to_json,
+    write_text,
+)
 
 BEST = {  # checkpoint -> the validation measure in which its round is best
     "best": "dice",
     "best_small": "dice_s",
 }
+VALIDATED = "validated"  # column of rounds.csv where not all hospitals validated: images of images
 
 
 def part_name(config: Any) -> str:
-    """Which of the possible splits a run uses, for titles and names: f1 … f5, or centre."""
-    return "centre" if config.split == "centre" else f"f{config.fold}"
+    """Which of the possible splits a run uses, for titles and names: f1 … f5, centre or given."""
+    return config.split if config.split in ("centre", "given") else f"f{config.fold}"
 
 
 def run_name(config: Any) -> str:
@@ -43,6 +55,7 @@ class Folder:
         self.config = config
         self.path = Path(config.out) if config.out else Path("runs") / run_name(config)
         self.best = {}  # {checkpoint: {"round", "score"}}
+        self.checksums = {}  # {table: its checksum}, as they were written
 
     # ------------------------------------------------------------------------- before a run begins
 
@@ -51,57 +64,88 @@ class Folder:
 
         record: {"config": …}, and once the data are known also {"data": …}.
         """
-        earlier = self.path / "config.json"
-        if not (self.config.resume and earlier.exists()):
-            hint = "continue its run with --resume, or " if earlier.exists() else ""
+        path = self.path / "config.json"
+        if not (self.config.resume and path.exists()):
+            hint = "continue its run with --resume, or " if path.exists() else ""
             check_empty(self.path, hint)
             return
 
-        check_same(earlier, record, self.config)
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error!r}): choose another --out") from error
+        check_same(path, earlier, record, self.config)
+
         resume = self.path / "resume.pt"
         if not resume.exists() and (self.path / "results.json").exists():
             raise UserError(f"{resume} is missing, so its run cannot go on: choose another --out")
 
     def claim(self, record: dict) -> None:
-        """Write config.json: from here on the folder is this run's."""
-        write_text(self.path / "config.json", to_json(record))
+        """Write config.json: from here on the folder is this run's, which is not over."""
+        (self.path / "results.json").unlink(missing_ok=True)
+        self._write_table("config.json", to_json(record))
 
-    def load_progress(self, server: Any) -> list[dict]:
-        """Take up a run where resume.pt left it. -> its rounds so far: none for a new run"""
+    def load_progress(self, server: Any, clients: Any) -> list[dict]:
+        """Take up a run where resume.pt left it. -> its rounds so far: none for a new run
+
+        Raises UserError where that is not possible; nothing is then written.
+        """
         path = self.path / "resume.pt"
         if not (self.config.resume and path.exists()):
             return []
 
         saved = checkpoints.read(path)
-        device = server.velocity.device
         try:
-            state = type(server.state)._make(x.to(device) for x in saved["state"])
-            velocity = saved["velocity"].to(device)
+            weights = saved["weights"]
+            velocity = saved["velocity"].to(server.velocity.device)
             history = list(saved["history"])
-            best = {name: dict(saved["best"][name]) for name in BEST}
             rounds = [row["round"] for row in history]
+            best = {name: dict(saved["best"][name]) for name in BEST}
+            round_of = {name: best[name]["round"] for name in BEST}
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is not the state of a run ({error!r})") from error
-
-        shapes = [x.shape for x in (*state, velocity)]
-        fits = shapes == [x.shape for x in (*server.state, server.velocity)]
-        complete = rounds == list(range(1, len(history) + 1))
-        if not (fits and complete):
             raise UserError(
-                f"{path} is of another network than {self.config.model} of width "
-                f"{self.config.width}, or of no whole run"
-            )
+                f"{path} is not the state of a run, or of another version ({error!r})"
+            ) from error
+
+        # Each file has to be of this run. Those of the last round are written again, below.
+        source = clients.federation.source
+        about = checkpoints.check_weights(weights, path)
+        self._check_origin(path, about, len(history), source)
+        for name, round_ in round_of.items():
+            if round_ != len(history):
+                best_path = self.path / f"{name}.pt"
+                _, about = checkpoints.read_weights(best_path)
+                self._check_origin(best_path, about, round_, source)
+
+        complete = rounds == list(range(1, len(history) + 1))
+        if not complete or velocity.shape != server.velocity.shape:
+            raise UserError(f"{path} is of no whole run: choose another --out")
         if len(history) > self.config.rounds:
             raise UserError(
                 f"--rounds {self.config.rounds}: the run in {self.path} has {len(history)} "
                 "rounds already"
             )
 
-        server.state = state
+        checkpoints.load(clients.flat.network, weights, path)
+        server.state = clients.flat.state()
         server.velocity = velocity
         server.round = len(history)
         self.best = best
+
+        # The run may have been killed between resume.pt and these.
+        self._write_round(weights, history)
         return history
+
+    def _check_origin(self, path: Path, about: dict, round_: int, source: str) -> None:
+        """Raise UserError where a checkpoint is another run's or round's. about: what it says."""
+        earlier = {"config": about.get("config"), "data": {"source": about.get("data")}}
+        record = {"config": asdict(self.config), "data": {"source": source}}
+        check_same(path, earlier, record, self.config)
+        if about.get("round") != round_:
+            raise UserError(
+                f"{path} is of round {about.get('round')}, where that of round {round_} belongs: "
+                "put it back, or choose another --out"
+            )
 
     # ------------------------------------------------------------------------- while it goes on
 
@@ -109,7 +153,8 @@ class Folder:
         self, server: Any, weights: dict, history: Sequence[dict], validation: dict
     ) -> None:
         """Write what a round leaves. weights: the network's state dict after it."""
-        for name, measure in BEST.items():
+        # A mean over fewer hospitals cannot be compared: best only moves where all validated.
+        for name, measure in BEST.items() if VALIDATED not in history[-1] else ():
             # Where no validation image is small, Dice decides about best_small, too.
             if not validation[measure]["n"]:
                 measure = "dice"
@@ -118,21 +163,32 @@ class Folder:
             # Of equal rounds the earlier one stays.
             if name not in self.best or score > self.best[name]["score"]:
                 self.best[name] = {"round": len(history), "score": score}
-                checkpoints.save(self.path / f"{name}.pt", weights)
 
-        checkpoints.save(self.path / "last.pt", weights)
-        write_text(self.path / "rounds.csv", to_csv(history))
+        # First of all, since a round that did not get so far is trained again, and may then end
+        # otherwise: its weights must not be in the place of the best ones.
         progress = {
-            "state": tuple(server.state),
+            "weights": weights,
             "velocity": server.velocity,
             "history": list(history),
             "best": self.best,
         }
         checkpoints.save(self.path / "resume.pt", progress)
+        self._write_round(weights, history)
+
+    def _write_round(self, weights: dict, history: Sequence[dict]) -> None:
+        """The files of the last round that can be told from resume.pt."""
+        for name, best in self.best.items():
+            if best["round"] == len(history):
+                checkpoints.save(self.path / f"{name}.pt", weights)
+        checkpoints.save(self.path / "last.pt", weights)
+        self._write_table("rounds.csv", to_csv(same_columns(history)))
+
+    def _write_table(self, name: str, text: str) -> None:
+        self.checksums[name] = write_text(self.path / name, text)
 
     def save_results(self, results: dict, scores: list[dict], figures: Mapping[str, Any]) -> None:
         """Write the tables and pictures of the final test."""
-        save_results(self.path, results, scores, figures)
+        save_results(self.path, results, scores, figures, self.checksums)
         print(
             f"\nin {self.path}: tables (.csv), results.json, {', '.join(figures)}, networks (.pt)"
         )
@@ -147,39 +203,43 @@ def check_empty(folder: Path, hint: str = "") -> None:
             raise UserError(f"{folder} is not empty: {hint}choose another --out")
 
 
-def check_same(path: Path, record: dict, config: Any) -> dict:
-    """Raise UserError where a JSON file tells of another run, or is damaged. -> its content
+def check_same(path: Path, earlier: Any, record: dict, config: Any) -> None:
+    """Raise UserError where what a file says of its run, `earlier`, is not as in this record.
 
     Options that may change when a run goes on are no part of which run it is.
     """
     free = options.flagged(config, "free")
     changed = []
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        # A tuple is a list, as in a file.
+        earlier = json.loads(to_json(earlier))
         now = json.loads(to_json(record))
         for section in ("config", "data"):
             for name, value in now.get(section, {}).items():
                 old = earlier[section].get(name)
                 if name not in free and old != value:
                     changed.append(f"{name} {options.shown(old)}, now {options.shown(value)}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error!r}): choose another --out") from error
 
     if changed:
         raise UserError(
-            f"{path.parent} holds another run ({', '.join(changed)}): give its options, or choose "
-            "another --out"
+            f"{path} is of another run ({', '.join(changed)}): give that run's options, put the "
+            "right file back, or choose another --out"
         )
-    return earlier
 
 
 def is_complete(folder: Folder) -> bool:
-    """Whether all results of this run are in its folder. Raises UserError for another run's."""
+    """Whether all results of this run are in its folder.
+
+    Raises UserError for another run's, and for changed files.
+    """
     path = folder.path / "results.json"
     if not (path.exists() and (folder.path / "scores.csv").exists()):
         return False
-    earlier = check_same(path, {"config": asdict(folder.config)}, folder.config)
-    return earlier["config"].get("rounds") == folder.config.rounds
+    results = read_results(folder.path)
+    check_same(path, results, {"config": asdict(folder.config)}, folder.config)
+    return results["config"].get("rounds") == folder.config.rounds
 
 
 # ---------------------------------------------------------------------------- rounds and results
@@ -211,11 +271,37 @@ def round_row(
     return row
 
 
+def mark_missing(
+    row: dict[str, Any], clients: Sequence[str], federation: Any, validation: dict
+) -> None:
+    """Add to a round's row which clients sent no update, and over how many images it validated.
+
+    Nothing is added where all took part, as they always do in one process.
+    """
+    missing = [client for client in clients if f"loss_{client}" not in row]
+    for client in missing:
+        row[f"loss_{client}"] = math.nan
+        row[f"update_norm_{client}"] = math.nan
+    if missing:
+        row["missing"] = " ".join(missing)
+
+    validated = validation["dice"]["n"]
+    images = sum(facts.validation for facts in federation.facts.values())
+    if validated < images:
+        row[VALIDATED] = f"{validated} of {images}"
+
+
+def same_columns(history: Sequence[dict]) -> list[dict]:
+    """The rounds as rows of one table: where a column is another round's, the cell is empty."""
+    columns = dict.fromkeys(itertools.chain.from_iterable(history), "")
+    return [{**columns, **row} for row in history]
+
+
 def describe_round(row: dict[str, Any], rounds: int) -> str:
     """The line that a round leaves on the terminal."""
     losses = [value for name, value in row.items() if name.startswith("loss_")]
     return (
-        f"round {row['round']:>3}/{rounds}   loss {np.mean(losses):.3f}   η {row['eta']:.3f}   "
+        f"round {row['round']:>3}/{rounds}   loss {np.nanmean(losses):.3f}   η {row['eta']:.3f}   "
         f"validation: Dice {row['dice']:.3f}   Dice_S {row['dice_s']:.3f}   "
         f"Dice_L {row['dice_l']:.3f}   ({row['seconds']:.1f} s)"
     )
@@ -227,6 +313,8 @@ def summarise_tests(tests: Sequence[Any], round_: int | None) -> dict[str, Any]:
     tests: fedgs.CentreTest of each centre. -> {"round", "averaged": measures, "local": measures}
     """
     summary = {"round": round_}
+    # Without a held-out centre there is nothing to add up.
+    nothing = torch.zeros_like(tests[0].tally)
     for batch_norm in dict.fromkeys(test.batch_norm for test in tests):
         summary[batch_norm] = {}
         for split in ("in_test", "out_test"):
@@ -235,7 +323,7 @@ def summarise_tests(tests: Sequence[Any], round_: int | None) -> dict[str, Any]:
                 if (test.batch_norm, test.split) == (batch_norm, split):
                     tallies[test.centre] = test.tally
             by_centre = {centre: metrics.means(tally) for centre, tally in tallies.items()}
-            summary[batch_norm][split] = metrics.means(sum(tallies.values()))
+            summary[batch_norm][split] = metrics.means(sum(tallies.values(), nothing))
             summary[batch_norm][f"{split}_by_centre"] = by_centre
     return summary
 
@@ -259,14 +347,44 @@ def describe_results(config: Any, federation: Any, tested: Mapping[str, dict]) -
 
 
 def save_results(
-    folder: Path, results: dict, scores: list[dict], figures: Mapping[str, Any]
+    folder: Path,
+    results: dict,
+    scores: list[dict],
+    figures: Mapping[str, Any],
+    checksums: Mapping[str, str] | None = None,
 ) -> None:
-    """Write what a test leaves. results.json says that all is there: it goes first, comes last."""
-    (folder / "results.json").unlink(missing_ok=True)
-    write_text(folder / "scores.csv", to_csv(scores))
+    """Write what a test leaves. results.json says that all is there, and unchanged: it comes last.
+
+    checksums: of the tables that were written before.
+    """
+    of_scores = write_text(folder / "scores.csv", to_csv(scores))
+    checksums = {**(checksums or {}), "scores.csv": of_scores}
     for name, figure in figures.items():
         pictures.save_figure(folder / name, figure)
-    write_text(folder / "results.json", to_json(results))
+    text = to_checked_json(results, dict(sorted(checksums.items())))
+    write_text(folder / "results.json", text)
+
+
+def read_results(folder: Path) -> dict:
+    """results.json. Raises UserError where it, or a table that it vouches for, has changed."""
+    path = folder / "results.json"
+    results = from_checked_json(path.read_bytes())
+    if results is None:
+        raise was_changed(path)
+
+    for name, expected in results.get("checksums", {}).items():
+        table = folder / name
+        if table.exists() and checksum(table.read_bytes()) != expected:
+            raise was_changed(table)
+    return results
+
+
+def was_changed(path: Path) -> UserError:
+    """The error to raise for a file that is not what a run wrote."""
+    return UserError(
+        f"{path} is not what was written there, but damaged or edited: put it back, or delete "
+        "results.json and run with --resume; to keep an edit, delete the checksums in results.json"
+    )
 
 
 def count_rounds(history: Sequence[dict]) -> dict[str, float]:

@@ -1,11 +1,13 @@
 """Tables: a run's results, one row of numbers for every test image, and rows of cells as text."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from metrics import MEASURES, Evaluation, lesion_dice
 
-BATCH_NORM = {  # name in files -> heading
+SPLITS = {"in_test": "in-test", "out_test": "out-test"}  # name in files -> heading
+BATCH_NORM = {
     "averaged": "batch norm's statistics averaged by the server, as published",
     "local": "batch norm's statistics of each centre's own images",
 }
@@ -26,39 +28,49 @@ def results_tables(results: Mapping[str, Mapping]) -> str:
 
 
 def results_table(results: Mapping[str, Mapping]) -> str:
-    """A row for each measure, a pair of columns for each checkpoint.
+    """A row for each measure, a column a split for each checkpoint.
 
     results: {checkpoint: {"round": int or None, "in_test": means, "out_test": means}}, means as
     from metrics.means. A cell is a mean and its count. A measure that nothing was counted for has
-    no row, and checkpoints of the same round, which are the same network, share their columns.
+    no row, a split without images, as without a held-out centre, no column. Checkpoints of the same
+    round, which are the same network, share their columns.
     """
-    measures = [measure for measure in MEASURES if was_counted(measure, results)]
+    splits = [split for split in SPLITS if was_counted([split], MEASURES, results)]
+    measures = [measure for measure in MEASURES if was_counted(SPLITS, [measure], results)]
 
     # Equal columns of the same round -> the checkpoints that they belong to.
     names_of: dict[tuple, list[str]] = {}
     for name, result in results.items():
-        in_test = tuple(cell(result["in_test"][measure]) for measure in measures)
-        out_test = tuple(cell(result["out_test"][measure]) for measure in measures)
-        names_of.setdefault((result["round"], in_test, out_test), []).append(name)
+        columns = tuple(column_of(result[split], measures) for split in splits)
+        names_of.setdefault((result["round"], columns), []).append(name)
 
     checkpoints = [""]
-    splits = [""]
+    headings = [""]
     rows = [[MEASURES[measure]] for measure in measures]
-    for (round_, in_test, out_test), names in names_of.items():
+    for (round_, columns), names in names_of.items():
         heading = ", ".join(names)
         if round_ is not None:
             heading += f" (round {round_})"
-        checkpoints += [heading, ""]
-        splits += ["in-test", "out-test"]
-        for row, first, second in zip(rows, in_test, out_test, strict=True):
-            row += [first, second]
-    return aligned([checkpoints, splits, *rows])
+
+        for i, (split, column) in enumerate(zip(splits, columns, strict=True)):
+            checkpoints.append("" if i else heading)
+            headings.append(SPLITS[split])
+            for row, text in zip(rows, column, strict=True):
+                row.append(text)
+    return aligned([checkpoints, headings, *rows])
 
 
-def was_counted(measure: str, results: Mapping[str, Mapping]) -> bool:
-    """Whether any checkpoint has something to average for a measure, in either split."""
-    for result in results.values():
-        if result["in_test"][measure]["n"] or result["out_test"][measure]["n"]:
+def column_of(found: Mapping[str, Mapping], measures: Iterable[str]) -> tuple[str, ...]:
+    """The cells of one split's means."""
+    return tuple(cell(found[measure]) for measure in measures)
+
+
+def was_counted(
+    splits: Iterable[str], measures: Iterable[str], results: Mapping[str, Mapping]
+) -> bool:
+    """Whether any checkpoint has something to average for any of these measures and splits."""
+    for result, split, measure in itertools.product(results.values(), splits, measures):
+        if result[split][measure]["n"]:
             return True
     return False
 

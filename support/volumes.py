@@ -1,7 +1,7 @@
-"""CT volumes: NIfTI files, sixteen slices at a time, and the slices of LiTS as image files.
+"""Volumes: NIfTI files, sixteen slices at a time, and slices with a lesion as image files.
 
 A full volume is up to 512 x 512 x 1000 voxels. None is ever in memory whole: blocks of slices are
-read, and what training needs of them, grey slices with a tumour and their masks, is written once as
+read, and what training needs of them, grey slices with a lesion and their masks, is written once as
 lossless 8-bit images into a cache, where it is read like any other image.
 
 LiTS (Bilic et al., Med Image Anal 84, 2023) numbers its files, in any sub-folders:
@@ -10,6 +10,7 @@ LiTS (Bilic et al., Med Image Anal 84, 2023) numbers its files, in any sub-folde
 """
 
 import gzip
+import itertools
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ import operator
 import os
 import re
 import zlib
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,11 +28,16 @@ from PIL import Image
 
 from support import files
 from support.errors import UserError
+from support.masks import is_lesion
+from support.pixels import percentiles, to_grey
 
-WINDOW = (-200, 200)  # Hounsfield units that become grey values 0 and 255
+# What is read of LiTS, as published.
+WINDOW = (-200.0, 200.0)  # Hounsfield units that become grey values 0 and 255
 TUMOUR = 2  # its label
 TUMOUR_PIXELS = 50  # slices with more of them are kept
+
 BLOCK = 16  # slices that are read at a time
+SAMPLE = 2**24  # about so many voxels of a volume are enough for its percentiles
 
 DAMAGE = (OSError, EOFError, ValueError, zlib.error)  # what reading a damaged file raises
 NOT_NIFTI = (
@@ -90,38 +96,67 @@ def read_block(volume: nibabel.spatialimages.SpatialImage, path: Path, start: in
         raise damaged(path, error) from error
 
 
+def check_geometry(volume_path: Path, segmentation_path: Path) -> None:
+    """Raise UserError for a segmentation that is of another shape than its volume, or elsewhere."""
+    volume = open_volume(volume_path)
+    segmentation = open_volume(segmentation_path)
+    check_shape(volume, segmentation, segmentation_path)
+
+    # Where the corners of both arrays are. Programs round affines; half a voxel is no rounding.
+    ends = itertools.product(*[(0, length - 1) for length in volume.shape])
+    corners = np.array([(*corner, 1) for corner in ends])
+    apart = corners @ (segmentation.affine - volume.affine).T
+    distance = np.linalg.norm(apart[:, :3], axis=1).max()
+    if not distance <= min(volume.header.get_zooms()) / 2:
+        raise UserError(
+            f"{segmentation_path} lies up to {distance:.1f} mm away from its volume {volume_path}: "
+            "their affines differ"
+        )
+
+
+def check_shape(
+    volume: nibabel.spatialimages.SpatialImage,
+    segmentation: nibabel.spatialimages.SpatialImage,
+    path: Path,
+) -> None:
+    """Raise UserError for a segmentation, read from path, of another shape than its volume."""
+    if volume.shape != segmentation.shape:
+        raise UserError(f"{path} is of shape {segmentation.shape}, its volume {volume.shape}")
+
+
 def damaged(path: Path, error: Exception) -> UserError:
     """What to raise where a file turns out not to be whole."""
     return UserError(f"cannot read {path}, it is damaged or cut short: {error}")
 
 
-def pixel_spacing(path: Path, size: int) -> tuple[float, float]:
-    """Distance in mm from row to row and from column to column of a volume's slices at this size.
-
-    size: side of the square that the network sees. Raises UserError naming the file.
-    """
-    volume = open_volume(path)
-    height, width = volume.shape[:2]
-    between_rows, between_columns = volume.header.get_zooms()[:2]
-    return float(between_rows) * height / size, float(between_columns) * width / size
-
-
 # --------------------------------------------------------------------------------- grey slices
 
 
-def window(hu: np.ndarray, path: Path) -> np.ndarray:
-    """Hounsfield units (H, W, n) as grey values (n, H, W) uint8: -200 to 200 become 0 to 255.
+def window(values: np.ndarray, path: Path, levels: Sequence[float] = WINDOW) -> np.ndarray:
+    """Values of a volume (H, W, n) as grey values (n, H, W) uint8: `levels` become 0 and 255.
 
+    Hounsfield units of soft tissue, -200 to 200, by default: what lies outside is air or bone.
     Raises UserError naming the file for values that are no numbers.
     """
-    hu = hu.astype(np.float32).transpose(2, 0, 1)
-    if not np.isfinite(hu).all():
+    values = values.astype(np.float32).transpose(2, 0, 1)
+    if not np.isfinite(values).all():
         raise UserError(f"{path} holds values that are no numbers")
+    low, high = levels
+    return to_grey(values, low, high)
 
-    # The window is that of soft tissue: what lies outside is air or bone.
-    low, high = WINDOW
-    scale = np.float32(255 / (high - low))
-    return np.round((np.clip(hu, low, high) - low) * scale).astype(np.uint8)
+
+def own_levels(volume: nibabel.spatialimages.SpatialImage, path: Path) -> tuple[float, float]:
+    """The values that become 0 and 255 where no window is given: percentiles of the volume.
+
+    Raises UserError naming the file.
+    """
+    # Of large volumes every so many rows and columns, so that little is in memory at a time.
+    step = math.ceil((math.prod(volume.shape) / SAMPLE) ** 0.5)
+    parts = []
+    for start in range(0, volume.shape[2], BLOCK):
+        block = read_block(volume, path, start)[::step, ::step]
+        parts.append(block.astype(np.float32).ravel())
+    return percentiles(np.concatenate(parts), path)
 
 
 def to_size(grey: np.ndarray, size: int) -> np.ndarray:
@@ -130,52 +165,87 @@ def to_size(grey: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(resized)[..., None]
 
 
+class Cut(NamedTuple):
+    """How volumes become slices."""
+
+    window: tuple[float, ...]  # what becomes grey 0 and 255; empty: percentiles of each volume
+    lesion: tuple[int, ...]  # labels that are lesion; empty: the only one beside 0
+    fewest: int  # pixels of lesion that a slice is kept for
+    labels: tuple[int, ...] = ()  # that there may be; empty: all whole numbers from 0 on
+
+
+LITS = Cut(WINDOW, (TUMOUR,), TUMOUR_PIXELS + 1, labels=(0, 1, TUMOUR))
+
+
 class Slice(NamedTuple):
-    """One slice of a CT volume, as it is in the file."""
+    """One slice of a volume, as it is in the file."""
 
     number: int
     grey: np.ndarray  # (H, W) uint8, see window
-    tumour: np.ndarray  # (H, W) bool
+    lesion: np.ndarray  # (H, W) bool
 
 
-def cut_slices(volume_path: Path, segmentation_path: Path) -> Iterator[Slice]:
-    """The slices (along the third axis) with more than 50 pixels of tumour, one after another.
+def cut_slices(volume_path: Path, segmentation_path: Path, cut: Cut = LITS) -> Iterator[Slice]:
+    """The slices (along the third axis) with a lesion, one after another.
 
-    Sixteen slices are in memory at a time. Raises UserError naming the file.
+    cut: says of which labels. Sixteen slices are in memory at a time. Raises UserError naming the
+    file.
     """
     volume = open_volume(volume_path)
     segmentation = open_volume(segmentation_path)
-    if volume.shape != segmentation.shape:
-        raise UserError(
-            f"{segmentation_path} is of shape {segmentation.shape}, its volume {volume.shape}"
-        )
+    check_shape(volume, segmentation, segmentation_path)
 
-    # The tumours may all lie before the damage: what is cut short has to be noticed first.
+    # The lesions may all lie before the damage: what is cut short has to be noticed first.
     check_whole(volume_path, volume)
     check_whole(segmentation_path, segmentation)
+    levels = cut.window or own_levels(volume, volume_path)
 
     for start in range(0, volume.shape[2], BLOCK):
         labels = read_block(segmentation, segmentation_path, start)
-        check_labels(labels, segmentation_path)
-        tumour = (labels == TUMOUR).transpose(2, 0, 1)
-        kept = np.flatnonzero(tumour.sum(axis=(1, 2)) > TUMOUR_PIXELS)
+        check_labels(labels, segmentation_path, cut.labels)
+        lesion = is_lesion(labels, cut.lesion).transpose(2, 0, 1)
+        kept = np.flatnonzero(lesion.sum(axis=(1, 2)) >= cut.fewest)
 
-        # Most blocks have no tumour: their grey values are never decoded.
+        # Most blocks have no lesion: their grey values are never decoded.
         if len(kept):
-            hu = read_block(volume, volume_path, start)
-            grey = window(hu[..., kept], volume_path)
+            values = read_block(volume, volume_path, start)
+            grey = window(values[..., kept], volume_path, levels)
             for i, k in enumerate(kept.tolist()):
-                yield Slice(start + k, grey[i], tumour[k])
+                yield Slice(start + k, grey[i], lesion[k])
 
 
-def check_labels(labels: np.ndarray, path: Path) -> None:
-    """Raise UserError for labels that LiTS does not have."""
-    known = np.isin(labels, (0, 1, TUMOUR))
-    if not known.all():
-        other = labels[~known][0]
+def check_labels(labels: np.ndarray, path: Path, known: Sequence[int]) -> None:
+    """Raise UserError for values that are no labels, or none of those that are known."""
+    if known:
+        wrong = ~np.isin(labels, known)
+        rule = "LiTS has 0 (background), 1 (liver), 2 (tumour)"
+    else:
+        wrong = ~((labels >= 0) & (labels == np.round(labels)))
+        rule = "a label is a whole number from 0 on"
+    if wrong.any():
+        raise UserError(f"{path} holds the label {labels[wrong][0]:g}; {rule}")
+
+
+def only_label(path: Path) -> tuple[int, ...]:
+    """The one label of a segmentation beside 0; none where all of it is 0.
+
+    Raises UserError where there are several, and nobody has said which of them are lesion.
+    """
+    segmentation = open_volume(path)
+    found = set()
+    for start in range(0, segmentation.shape[2], BLOCK):
+        labels = read_block(segmentation, path, start)
+        check_labels(labels, path, known=())
+        found.update(np.unique(labels).astype(int).tolist())
+
+    found = sorted(found - {0})
+    if len(found) > 1:
+        listed = ", ".join(map(str, found))
         raise UserError(
-            f"{path} holds the label {other:g}; LiTS has 0 (background), 1 (liver), 2 (tumour)"
+            f"{path} holds the labels {listed}: say which of them are lesion, as in --lesion "
+            f"{found[-1]}"
         )
+    return tuple(found)
 
 
 # ------------------------------------------------------------------------------- LiTS in a folder
@@ -225,35 +295,46 @@ def find_volumes(root: Path, wanted: Container[int]) -> dict[int, tuple[Path, Pa
     return {number: (volumes[number], segmentations[number]) for number in sorted(volumes)}
 
 
-# -------------------------------------------------------------------- its slices as image files
+# ------------------------------------------------------------------------- slices as image files
+
+
+class SliceFiles(NamedTuple):
+    """The kept slices of a volume, as images in a cache."""
+
+    slices: list[tuple[int, Path, Path]]  # (number, grey slice, mask) of each, in order
+    lesion: tuple[int, ...]  # the labels that are lesion; none where the segmentation is empty
+    spacing: tuple[float, float]  # mm from row to row, and from column to column
 
 
 def slice_files(
-    number: int, volume_path: Path, segmentation_path: Path, cache: Path
-) -> list[tuple[int, Path, Path]]:
-    """The kept slices of a volume as images. -> (number, grey slice, mask) of each, in order
+    volume_path: Path, segmentation_path: Path, folder: Path, cut: Cut = LITS
+) -> SliceFiles:
+    """The kept slices of a volume as images in a folder of the cache.
 
-    They lie in a folder of the cache, and are cut anew where one is missing or damaged, or the
-    volume has changed. Raises UserError for files that cannot be read or written.
+    They are cut anew where one is missing or damaged, or the volume or the rule has changed. Raises
+    UserError for files that cannot be read or written.
     """
-    folder = cache / f"volume-{number}"
     sources = [describe(volume_path), describe(segmentation_path)]
-    made_from = json.dumps([WINDOW, TUMOUR_PIXELS, sources])
+    made_from = json.dumps([cut, sources])
 
     # Folders of equally named volumes may share a cache: what counts is which files they are.
     index = read_index(folder)
     if index.get("made_from") != made_from or not is_whole(folder, index):
         try:
-            index = {"made_from": made_from, **write_slices(volume_path, segmentation_path, folder)}
+            content = write_slices(volume_path, segmentation_path, folder, cut)
+            index = {"made_from": made_from, **content}
             # Last: an index means that all of its images are there.
             files.write_text(folder / "index.json", files.to_json(index))
         except OSError as error:
             why = error.strerror or error
             raise UserError(
-                f"cannot write the cache {cache} ({why}): choose another folder with --cache"
+                f"cannot write the cache {folder.parent} ({why}): choose another folder with "
+                "--cache"
             ) from error
 
-    return [(k, folder / grey_name(k), folder / mask_name(k)) for k in index["slices"]]
+    slices = [(k, folder / grey_name(k), folder / mask_name(k)) for k in index["slices"]]
+    between_rows, between_columns = index["spacing"]
+    return SliceFiles(slices, tuple(index["lesion"]), (between_rows, between_columns))
 
 
 def grey_name(k: int) -> str:
@@ -288,17 +369,28 @@ def is_whole(folder: Path, index: dict) -> bool:
     return True
 
 
-def write_slices(volume_path: Path, segmentation_path: Path, folder: Path) -> dict:
-    """Cut a volume into images. -> {"slices": their numbers, "bytes": {file name: its length}}"""
+def write_slices(volume_path: Path, segmentation_path: Path, folder: Path, cut: Cut) -> dict:
+    """Cut a volume into images. -> what the index says of them
+
+    {"slices": their numbers, "lesion": labels, "spacing": mm, "bytes": {file name: its length}}
+    """
+    lesion = cut.lesion or only_label(segmentation_path)
+    slices = []
+    if lesion:
+        slices = cut_slices(volume_path, segmentation_path, cut._replace(lesion=lesion))
+
     numbers = []
     lengths = {}
-    for number, grey, tumour in cut_slices(volume_path, segmentation_path):
+    for number, grey, mask in slices:
         numbers.append(number)
-        mask = np.where(tumour, np.uint8(255), np.uint8(0))
+        mask = np.where(mask, np.uint8(255), np.uint8(0))
         for name, pixels in ((grey_name(number), grey), (mask_name(number), mask)):
             save_png(folder / name, pixels)
             lengths[name] = (folder / name).stat().st_size
-    return {"slices": numbers, "bytes": lengths}
+
+    between_rows, between_columns = open_volume(volume_path).header.get_zooms()[:2]
+    spacing = float(between_rows), float(between_columns)
+    return {"slices": numbers, "lesion": lesion, "spacing": spacing, "bytes": lengths}
 
 
 def save_png(path: Path, pixels: np.ndarray) -> None:

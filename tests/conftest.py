@@ -15,6 +15,11 @@ import data
 import fedgs
 from support import pictures, standin
 
+# The networks here are so small that threads would wait for each other more than compute, and for
+# ever beside other work. Processes that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("FEDGS_SHARED", ROOT.parent / "shared"))
 
@@ -151,6 +156,7 @@ def square_images(
         masks=masks,
         inverse_area=torch.full((count,), size**2 / 12, dtype=torch.float64),
         small=torch.full((count,), small),
+        spacing=torch.ones(count, 2, dtype=torch.float64),
     )
 
 

@@ -1,7 +1,9 @@
 """csrc/benchmark.py: every path agrees with float64, and at small sizes all of it runs."""
 
+import importlib
 import json
 import sys
+import time
 from functools import partial
 
 import pytest
@@ -18,33 +20,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Small sizes, few calls, nothing compiled by PyTorch, and no processes."""
-    monkeypatch.setattr(benchmark, "WIDTH", 4)
-    monkeypatch.setattr(benchmark, "UTNET", 1000)
-    monkeypatch.setattr(benchmark, "STEP_SIZES", (1000,))
-    monkeypatch.setattr(benchmark, "SUM_SIZES", ((1000, 3),))
-    monkeypatch.setattr(benchmark, "MASK_SIZES", ((2, 16),))
-    for name in ("OVERHEAD_SIDES", "TRAINING_SIDES", "ROUND_SIDES"):
-        monkeypatch.setattr(benchmark, name, {"cpu": {32: 1}})
-
-    monkeypatch.setattr(benchmark, "tensor_sizes", cut_in_two)
-    monkeypatch.setattr(benchmark, "median_seconds", benchmark.time_call)
-    monkeypatch.setattr(benchmark, "copy_bandwidth", bandwidth)
-    monkeypatch.setattr(benchmark, "alone", here)
-    monkeypatch.setattr(hardware, "has_bf16", no_bf16)
-    monkeypatch.setattr(torch, "compile", as_it_is)
-
-
-def cut_in_two(size):
-    return [size - size // 3, size // 3]
-
-
-def bandwidth(device):
-    return 1e9
-
-
-def here(function):
-    return function()
+    """Tiny sizes, and nothing compiled by PyTorch."""
+    with monkeypatch.context() as patch:
+        patch.setenv("FEDGS_TINY", "1")
+        patch.setattr(torch, "compile", as_it_is)
+        patch.setattr(hardware, "has_bf16", no_bf16)
+        importlib.reload(benchmark)
+        yield
+    importlib.reload(benchmark)
 
 
 def no_bf16(device):
@@ -67,13 +50,14 @@ def test_a_clock_measures_from_each_tick_to_the_next():
     assert min(seconds) >= 0
 
 
-def test_a_time_is_the_median_of_five_calls_after_two():
+def test_a_time_is_the_median_of_five_calls_after_two(monkeypatch):
+    monkeypatch.setattr(benchmark, "BUDGET", 0.0)
     calls = []
 
     def call():
         calls.append(len(calls))
 
-    assert benchmark.median_seconds(call, CPU, budget=0) >= 0
+    assert benchmark.median_seconds(call, CPU) >= 0
     assert len(calls) == 2 + 5
 
 
@@ -85,7 +69,19 @@ def test_a_path_has_a_peak_of_its_own():
     assert peak < benchmark.peak_memory(CPU) - 2**28
 
 
-# --------------------------------------------------------------------------------- wrong kernels
+def test_traffic_counts_every_pass():
+    x = torch.zeros(1000)
+    y = torch.zeros(1000)
+
+    def three_passes():
+        z = x.view(10, 100) * 2  # read, write
+        z.flatten().add_(y)  # two reads, write; views are free
+        return torch.add(x, x)  # a read, write
+
+    assert benchmark.traffic(three_passes) == 4 * 1000 * (2 + 3 + 2)
+
+
+# ----------------------------------------------------------------------------------- wrong kernels
 
 
 def faulty_step(theta, grad, m, v, step, lr, update, eta):
@@ -116,7 +112,6 @@ def faulty_masks(masks, small, log_base):
         ("check_masks", "mask_difficulty", faulty_masks, "mask_difficulty, kernel: eta"),
     ],
 )
-@pytest.mark.slow
 def test_a_wrong_result_ends_the_program(quick, monkeypatch, check, kernel, faulty, message):
     check = getattr(benchmark, check)
     check(CPU)
@@ -128,6 +123,23 @@ def test_a_wrong_result_ends_the_program(quick, monkeypatch, check, kernel, faul
 # -------------------------------------------------------------------------------------- everything
 
 
+def test_a_naive_kernel_is_no_path_of_pytorch(quick, monkeypatch):
+    """It stands beside the kernel, though it is faster than what PyTorch does."""
+    seconds = {"kernel": 1e-3, "naive kernel": 2e-3, "definition": 6e-3, "foreach": 4e-3}
+    monkeypatch.setattr(benchmark, "median_seconds", lambda path, device: seconds[path.args[0]])
+    paths = {name: partial(str, name) for name in seconds}
+    moved = {"kernel": 8000, "naive kernel": 12000}
+    row = benchmark.time_paths("add", "1000", 1000, moved, paths, CPU)
+    assert row["bytes"] == {"kernel": 8, "naive kernel": 12, "definition": 0}
+    assert row["best"] == "foreach"
+    assert row["ratio"] == pytest.approx(4)
+
+    cells = benchmark.kernel_cells(row, copy_bandwidth=16e6)
+    assert cells["of copy"] == "50%"
+    assert cells["naive kernel"] == "2 ms"
+    assert cells["the others"] == "definition 6"
+
+
 @pytest.mark.slow
 def test_everything_is_timed_and_in_the_tables(quick, monkeypatch, capsys, tmp_path):
     path = tmp_path / "figures.json"
@@ -137,15 +149,13 @@ def test_everything_is_timed_and_in_the_tables(quick, monkeypatch, capsys, tmp_p
 
     lines = capsys.readouterr().out.splitlines()
     starts = [
-        "| adamw_accumulate_ | 0.0 M |",
-        "| aggregate | 0.0 M, K = 3 |",
-        "| mask_difficulty | 2 x 16², uint8 |",
-        "| mask_difficulty | 2 x 16², int64 |",
-        "| 4 x 32², fp32 | cpp |",
-        "| 4 x 32², fp32 | torch |",
-        "| 4 x 32² | plain |",
+        "| adamw_accumulate_ | 0.1 M | 36, 36, 116 |",
+        "| aggregate | 0.1 M, K = 3 | 20, 44, 56 |",
+        "| mask_difficulty | 2 x 16², uint8 | 1, 1, ",
+        "| mask_difficulty | 2 x 16², int64 | 8, 8, ",
+        "| 4 x 32² | plain fp32 |",
         "| 4 x 32² | fp32 |",
-        "bf16 is left out",
+        f"| {benchmark.ADDED} |",
         "| aggregation of 5 clients |",
         "| evaluation of an image |",
     ]
@@ -154,15 +164,49 @@ def test_everything_is_timed_and_in_the_tables(quick, monkeypatch, capsys, tmp_p
         assert sum(line.startswith(start) for line in lines) == 1, start
 
     figures = json.loads(path.read_text())["figures"]
-    training = next(row for row in figures if row["operation"] == "training")
+    training = figures[-1]
+    assert list(training["paths"]) == ["plain fp32", "fp32"]
     for measured in training["paths"].values():
         assert measured["ms"] > 0
         assert measured["steps"] == 7
 
 
+def test_a_whole_experiment_is_its_steps_and_rounds(quick):
+    """The paper's: 100 rounds of 5 epochs of 288 batches, and 146 images to validate on."""
+    figures = benchmark.train_path("plain fp32", CPU, 32, 1)
+    parts = figures["parts_ms"]
+    ms = 5 * 288 * figures["ms"] + parts["aggregation of 5 clients"]
+    ms += 146 * parts["evaluation of an image"]
+    assert figures["paper_hours"] == pytest.approx(100 * ms / 3.6e6)
+
+
+def test_what_fedgs_adds_is_measured_in_the_same_loop(quick, monkeypatch):
+    """Both methods take steps in turn; FedGS's also ask for eta, and add to the update."""
+    training = benchmark.prepare("plain fp32", CPU, 32, epochs=2)
+    calls = []
+
+    def mask_difficulty(*given):
+        calls.append("difficulty")
+        time.sleep(0.05)
+        return fedgs.mask_difficulty(*given)
+
+    def adamw_accumulate_(*given):
+        calls.append(len(given))
+        if len(given) == 8:
+            time.sleep(0.05)
+
+    kernels = training.kernels._replace(
+        mask_difficulty=mask_difficulty, adamw_accumulate_=adamw_accumulate_
+    )
+    parts = benchmark.time_parts(training._replace(kernels=kernels), benchmark.drawn_images(8, 32))
+    assert calls == 2 * (2 * ["difficulty", 8] + 2 * [6])
+    assert 0.08 <= parts["what FedGS adds to FedAvg's"] <= parts["difficulty"] + parts["step"]
+
+
 @pytest.mark.slow
 def test_only_what_is_asked_for_is_timed(quick, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--device", "cpu", "--only", "masks"])
+    monkeypatch.setattr(benchmark, "CHECKS", {**benchmark.CHECKS, "adamw": None})
     benchmark.main()
     printed = capsys.readouterr().out
     assert "mask_difficulty" in printed

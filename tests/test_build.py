@@ -181,7 +181,8 @@ def test_cuda_kernels_compile_without_warnings_and_spill_nothing(architecture, t
     spills = re.findall(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
     )
-    assert len(spills) == 10
+    # Those in use, and the naive ones. Functions that they call are listed as well.
+    assert report.count("Compiling entry function") == 10 + 7 <= len(spills)
     assert set(spills) == {("0", "0", "0")}
 
 
@@ -193,14 +194,23 @@ def test_cuda_kernels_load_and_store_16_bytes_at_a_time(tmp_path):
 
     loads = {}
     stores = {}
+    texts = {}
     for symbol, text in re.findall(r"\.entry (\w+)\((.*?)\n}", target.read_text(), re.DOTALL):
+        if "naive" in symbol:
+            assert ".v4" not in text
+            continue
         kernel = re.search(r"(adamw|mask_difficulty|aggregate)_kernelI\w*?EEv|norms_kernel", symbol)
         loads[kernel[0]] = len(re.findall(r"ld\.global\S*\.v4", text))
         stores[kernel[0]] = len(re.findall(r"st\.global\S*\.v4", text))
+        texts[kernel[0]] = text
 
     accumulate, plain = "adamw_kernelILi4ELb1EEEv", "adamw_kernelILi4ELb0EEEv"
     assert (loads[accumulate], stores[accumulate]) == (5, 4)
     assert (loads[plain], stores[plain]) == (4, 3)
+
+    # They are under way before anyone waits for the corrections.
+    for kernel in (accumulate, plain):
+        assert "v4" not in texts[kernel].split("bar.sync")[1].split("st.global")[0]
 
     # For each of a thread's four: total and an update; out.
     aggregate = "aggregate_kernelILi4EEEv"

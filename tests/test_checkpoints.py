@@ -1,17 +1,21 @@
 """Checkpoints: what travels with a state dict, and every kind of file that is none."""
 
 import contextlib
+import io
 import os
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn as nn
 from conftest import assert_same_weights
+from test_files import flipped
 
 from models import UTNet
 from support import checkpoints
 from support.errors import UserError
+from support.files import checksum
 
 ABOUT = {"data": "PolypGen stand-in", "round": 3, "config": {"width": 2, "centres": ("C1", "C6")}}
 
@@ -52,10 +56,13 @@ def test_a_copy_is_saved(network):
     assert "fedgs" not in network.state_dict()._metadata
 
 
-def test_anyone_can_load_it(network, path):
+@pytest.mark.parametrize("mmap", [False, True])
+def test_anyone_can_load_it(network, path, mmap):
     other = UTNet(width=2)
-    other.load_state_dict(torch.load(path, weights_only=True))
-    assert torch.equal(other.state_dict()["outc.weight"], network.state_dict()["outc.weight"])
+    other.load_state_dict(torch.load(path, weights_only=True, mmap=mmap))
+    theirs = network.state_dict()
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, theirs[name]), name
 
 
 def test_a_bare_state_dict_says_nothing(network, tmp_path):
@@ -76,6 +83,90 @@ def test_saving_replaces_a_file_whole(network, path, tmp_path):
         checkpoints.save(path, {"weights": torch.ones(9), "rest": Unwritable()})
     assert_same_weights(path, tmp_path / "copy.pt")
     assert {item.name for item in tmp_path.iterdir()} == {"best.pt", "copy.pt"}
+
+
+# ------------------------------------------------------------------------------------- flipped bits
+
+
+@pytest.fixture
+def small(tmp_path):
+    """The file of a network that is read in no time."""
+    path = tmp_path / "small.pt"
+    network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    checkpoints.save(path, checkpoints.with_about(network, ABOUT))
+    return path
+
+
+def test_the_comment_of_the_archive_is_the_checksum_of_the_rest(path):
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        assert archive.comment == b"blake2b " + checksum(content[:-64]).encode()
+        assert archive.testzip() is None  # it is still one for other readers, too
+
+
+def test_every_flipped_bit_is_noticed(small):
+    """In what says that it is an archive, in its checksum and what stands before it; anywhere."""
+    content = small.read_bytes()
+    begins = [0, 1, 2, 3, -94, -93, -74, -73]
+    for damaged in flipped(content, places=[*begins, *range(-72, -62), -1], count=200):
+        small.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"small.pt is damaged, or no checkpoint: ."):
+            checkpoints.read(small)
+
+
+@pytest.mark.parametrize("length", [1, 64, 72, 73, 94, 1000])
+def test_a_checksum_that_is_cut_off(small, length):
+    content = small.read_bytes()
+    for damaged in (content[:-length], content + content[-length:]):
+        small.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"small.pt is damaged, or no checkpoint: ."):
+            checkpoints.read(small)
+
+
+def test_a_flipped_bit_anywhere_in_a_large_file(tmp_path):
+    path = tmp_path / "large.pt"
+    checkpoints.save(path, {"w": torch.zeros(1_000_000)})
+    whole = path.read_bytes()
+    for share in (0.3, 0.6, 0.97):
+        content = bytearray(whole)
+        content[int(share * len(whole))] ^= 4
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"large.pt is damaged"):
+            checkpoints.read(path)
+
+
+def test_flipped_bits_of_a_checkpoint_from_elsewhere(small):
+    """Its archive has checksums of what it holds, though torch does not look at them."""
+    state = torch.load(small, weights_only=True)
+    torch.save(state, small)
+    content = small.read_bytes()
+    with zipfile.ZipFile(small) as archive:
+        pickled, weights = [archive.read(f"small/{name}") for name in ("data.pkl", "data/0")]
+
+    for held in (pickled, weights):
+        start = content.index(held)
+        for damaged in flipped(held, places=(0, -1)):
+            small.write_bytes(content[:start] + damaged + content[start + len(held) :])
+            with pytest.raises(UserError, match=r"small.pt is damaged, or no .*, by its CRC-32"):
+                checkpoints.read(small)
+
+
+def test_checkpoints_from_elsewhere_without_any_checksum(small):
+    """Torch can be told not to compute them, and had none before 1.6."""
+    state = torch.load(small, weights_only=True)
+    bare = io.BytesIO()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, bare)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    old = io.BytesIO()
+    torch.save(state, old, _use_new_zipfile_serialization=False)
+
+    for content in (bare, old):
+        small.write_bytes(content.getvalue())
+        found, _ = checkpoints.read_weights(small)
+        assert all(torch.equal(found[name], state[name]) for name in state)
 
 
 # ------------------------------------------------------------------------------------------- damage
@@ -125,6 +216,28 @@ def test_damage_is_an_error_for_people(path, harm):
     with pytest.raises(UserError, match=r"best.pt is damaged, or no checkpoint: .") as caught:
         checkpoints.read(path)
     assert "\n" not in str(caught.value)
+
+
+def test_the_reason_is_torchs_or_that_there_is_nothing(path):
+    empty(path)
+    with pytest.raises(UserError, match=r"no checkpoint: it is empty$"):
+        checkpoints.read(path)
+    text(path)
+    with pytest.raises(UserError, match=r"no checkpoint: PyTorch makes no sense of it$"):
+        checkpoints.read(path)
+
+
+def test_a_name_that_is_no_text(network, tmp_path):
+    """In an archive that is whole otherwise."""
+    torch.save(network.state_dict(), tmp_path / "whole.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pt") as whole,
+        zipfile.ZipFile(tmp_path / "harmed.pt", "w") as harmed,
+    ):
+        for item in whole.infolist():
+            harmed.writestr(item, whole.read(item).replace(b"outc", b"out\xca"))
+    with pytest.raises(UserError, match=r"harmed.pt is damaged, or no checkpoint: .*utf-8"):
+        checkpoints.read(tmp_path / "harmed.pt")
 
 
 def test_a_missing_file(tmp_path):
@@ -209,9 +322,11 @@ def test_weights_are_loaded(network, path):
 def test_weights_of_another_network(path, channels, width):
     other = UTNet(channels, width=width)
     state, _ = checkpoints.read_weights(path)
-    with pytest.raises(UserError, match=r"best.pt does not fit this network: .") as caught:
+    message = r"^[^\n]*best.pt does not fit this network: size mismatch for outc.weight: [^\n]*$"
+    if channels == 1:
+        message = message.replace("outc", "inc.0.shortcut.2")
+    with pytest.raises(UserError, match=message):
         checkpoints.load(other, state, path)
-    assert "\n" not in str(caught.value)
 
 
 def test_weights_that_lack_some(network, path):
@@ -219,6 +334,15 @@ def test_weights_that_lack_some(network, path):
     del state["outc.bias"]
     with pytest.raises(UserError, match=r"does not fit this network"):
         checkpoints.load(network, state, path)
+
+
+def test_names_and_versions_that_no_network_has(network, path):
+    state, _ = checkpoints.read_weights(path)
+    state._metadata["inc.0.bn1"] = {"version": "x"}
+    with pytest.raises(UserError, match=r"best.pt does not fit this network"):
+        checkpoints.load(network, state, path)
+    with pytest.raises(UserError, match=r"best.pt does not fit this network"):
+        checkpoints.load(network, {1: torch.ones(1)}, path)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")

@@ -10,10 +10,11 @@ import fedgs
 from models import SDUTNet, UTNet
 from support import checkpoints, runs
 from support.errors import UserError
-from tools import predict
+from tools import evaluate, predict
 from tools.common import describe_origin, open_checkpoint
 
 TINY = {"image_size": 32, "width": 2, "centres": ("C4", "C6")}
+LITS = {**fedgs.DATASETS["lits"], "dataset": "lits", "centres": ("C1", "C5")}
 
 
 def save_checkpoint(path, source="PolypGen stand-in", **options):
@@ -98,6 +99,18 @@ def test_the_arithmetic_is_that_of_a_run(checkpoint, monkeypatch):
 # ------------------------------------------------------------------------------------- damaged ones
 
 
+@pytest.mark.parametrize("main", [predict.main, evaluate.main])
+def test_a_flipped_bit_is_noticed(checkpoint, tmp_path, capsys, main):
+    content = bytearray(checkpoint.read_bytes())
+    content[len(content) // 2] ^= 4
+    checkpoint.write_bytes(content)
+    options = {
+        predict.main: ["--checkpoint", checkpoint, "--out", tmp_path / "masks", tmp_path],
+        evaluate.main: [checkpoint],
+    }
+    refused(capsys, exit_code(main, options[main]), f"{checkpoint} is damaged", "checksum")
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -105,7 +118,8 @@ def test_the_arithmetic_is_that_of_a_run(checkpoint, monkeypatch):
         ("width", [2]),
         ("width", True),
         ("model", "vit"),
-        ("dataset", "kvasir"),
+        ("dataset", 7),
+        ("images", "x-rays"),
         ("centres", [["C4"], "C6"]),
         ("centres", [4, 6]),
         ("centres", "C4"),
@@ -142,6 +156,17 @@ def test_options_that_it_does_not_know_of(checkpoint):
     assert config == fedgs.Config(image_size=32, width=2)
 
 
+def test_an_older_checkpoint_of_volumes(tmp_path):
+    """Once the data set's name said all of what its images are."""
+    path = save_checkpoint(tmp_path / "ct.pt", "LiTS", **LITS)
+    state = torch.load(path, weights_only=True)
+    for name in ("images", "window", "lesion"):
+        del state._metadata["fedgs"]["config"][name]
+    torch.save(state, path)
+    _, config, _ = open_checkpoint(path, {})
+    assert (config.images, config.window) == ("slices", (-200.0, 200.0))
+
+
 def test_weights_that_do_not_fit_their_configuration(checkpoint):
     state = torch.load(checkpoint, weights_only=True)
     state._metadata["fedgs"]["config"]["width"] = 4
@@ -163,6 +188,7 @@ def test_of_a_bare_state_dict_options_say_what_it_is(tmp_path):
 
     # What is not said is the paper's, for this data set.
     assert (config.tau, config.split, config.centres[-1]) == (1000.0, "centre", "C5")
+    assert (config.images, config.window) == ("slices", (-200.0, 200.0))
     assert (config.preset, config.method) == ("paper", "unknown")  # nobody wrote down the method
 
 

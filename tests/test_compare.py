@@ -10,9 +10,12 @@ import pytest
 from conftest import exit_code
 from PIL import Image
 from scipy import stats
+from test_files import flipped
 
 import metrics
-from support.files import to_csv
+from support.errors import UserError
+from support.files import to_checked_json, write_text
+from support.runs import save_results
 from tools import compare
 
 CONFIG = {
@@ -61,7 +64,6 @@ def make_run(folder, cases, data="PolypGen", **config):
 
     best_small missed all of them, and with local statistics every Dice is half of it.
     """
-    folder.mkdir()
     rows = []
     checkpoints = {}
     for checkpoint, right in (("best", 1), ("best_small", 0)):
@@ -79,9 +81,18 @@ def make_run(folder, cases, data="PolypGen", **config):
                 "out_test": means_of(cases, "out_test", factor),
             }
     results = {"data": data, "config": {**CONFIG, **config}, "checkpoints": checkpoints}
-    (folder / "results.json").write_text(json.dumps(results))
-    (folder / "scores.csv").write_text(to_csv(rows))
+    tables = {"config.json": "{}\n", "rounds.csv": "round,eta\n1,1.2\n2,1.1\n"}
+    checksums = {name: write_text(folder / name, text) for name, text in tables.items()}
+    save_results(folder, results, rows, {}, checksums)
     return str(folder)
+
+
+def save_again(folder, results, scores):
+    """Have a run have written these results, and this text of scores.csv."""
+    del results["checksum"]
+    checksums = results.pop("checksums")
+    checksums["scores.csv"] = write_text(folder / "scores.csv", scores)
+    write_text(folder / "results.json", to_checked_json(results, checksums))
 
 
 def means_of(cases, split, factor):
@@ -213,13 +224,12 @@ def test_checkpoints_of_unknown_training(tmp_path):
     """What an evaluation of published checkpoints writes: one checkpoint, method unknown."""
     runs = []
     for name in ("theirs", "ours"):
-        runs.append(make_run(tmp_path / name, cases(0.1, 0.5, 1.0, 0.6), method="unknown"))
-        path = tmp_path / name / "results.json"
-        results = json.loads(path.read_text())
+        folder = tmp_path / name
+        runs.append(make_run(folder, cases(0.1, 0.5, 1.0, 0.6), method="unknown"))
+        results = json.loads((folder / "results.json").read_text())
         results["checkpoints"] = {f"{name}_model": results["checkpoints"]["best"]}
-        path.write_text(json.dumps(results))
-        path = tmp_path / name / "scores.csv"
-        path.write_text(path.read_text().replace("best,", f"{name}_model,"))
+        scores = (folder / "scores.csv").read_text().replace("best,", f"{name}_model,")
+        save_again(folder, results, scores)
     (section,) = compare.compare(runs)
     assert set(section.groups) == {"theirs", "ours"}
     assert "checkpoint theirs_model and ours_model, averaged" in section.title
@@ -605,17 +615,68 @@ def test_a_checkpoint_that_is_not_there(capsys, two_methods):
     refuses(capsys, [*two_methods, "--checkpoint", "last"], *words)
 
 
+@pytest.mark.parametrize("name", ["results.json", "scores.csv", "rounds.csv", "config.json"])
+def test_every_flipped_bit_is_noticed(tmp_path, capsys, name):
+    folder = tmp_path / "run"
+    make_run(folder, cases(0.1, 0.5, 1.0, 0.6))
+    content = (folder / name).read_bytes()
+    for damaged in flipped(content, places=(0, 1, -69, -68, -5, -4, -3, -2, -1)):
+        (folder / name).write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{name} is not what was written there"):
+            compare.read_run(folder)
+    refuses(capsys, [folder], f"{folder / name} is not what", "damaged or edited", "--resume")
+
+
 @pytest.mark.parametrize(
-    "name, old, new",
+    ("name", "edit"),
     [
-        ("results.json", None, "{"),
-        ("results.json", None, "[]"),
-        ("results.json", None, "{}"),
+        ("results.json", lambda content: b""),
+        ("results.json", lambda content: b"[]"),
+        ("results.json", lambda content: content[:1000]),
+        ("results.json", lambda content: content.replace(b'"seed": 0', b'"seed": 1')),
+        ("results.json", lambda content: json.dumps(json.loads(content)).encode()),
+        ("scores.csv", lambda content: b""),
+        ("scores.csv", lambda content: content[:100]),
+        ("scores.csv", lambda content: content + content.splitlines(keepends=True)[-1]),
+        ("scores.csv", lambda content: content.replace(b"0.2", b"0.9")),
+        ("scores.csv", lambda content: "\ufeff".encode() + content),  # a spreadsheet's
+    ],
+)
+def test_files_that_someone_has_changed(tmp_path, capsys, two_methods, name, edit):
+    path = tmp_path / "g0" / name
+    content = path.read_bytes()
+    assert edit(content) != content
+    path.write_bytes(edit(content))
+    refuses(capsys, two_methods, f"{path} is not what was written there")
+
+
+def test_an_edit_can_be_kept(tmp_path, two_methods):
+    """Without checksums, as results of earlier versions are."""
+    results = json.loads((tmp_path / "g0" / "results.json").read_text())
+    del results["checksum"], results["checksums"]
+    results["config"]["label"] = "mine"
+    (tmp_path / "g0" / "results.json").write_text(json.dumps(results))
+    (section,) = compare.compare(two_methods)
+    assert "mine" in section.groups
+
+
+def test_a_run_whose_other_tables_are_not_here_can_be_compared(tmp_path, two_methods):
+    expected = compare.report(compare.compare(two_methods))
+    for name in ("rounds.csv", "config.json"):
+        (tmp_path / "g0" / name).unlink()
+    assert compare.report(compare.compare(two_methods)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
         ("results.json", '"fold": 1', '"fold": [1]'),
         ("results.json", '"image_size"', '"size"'),
         ("results.json", '"mean": 0.4', '"mean": null'),
         ("results.json", '"recall_0_50"', '"recall_of_all"'),
         ("results.json", '"best_small"', '"last"'),
+        ("results.json", '"checkpoints"', '"networks"'),
+        ("results.json", '"config"', '"options"'),
         ("scores.csv", None, ""),
         ("scores.csv", None, "checkpoint,split\nbest,in_test\n"),
         ("scores.csv", None, "\x00\x01"),
@@ -623,13 +684,15 @@ def test_a_checkpoint_that_is_not_there(capsys, two_methods):
         ("scores.csv", "lesion_dice", "another"),
     ],
 )
-def test_damaged_files(tmp_path, capsys, two_methods, name, old, new):
-    path = tmp_path / "g0" / name
-    text = path.read_text()
-    damaged = new if old is None else text.replace(old, new)
-    assert damaged != text
-    path.write_text(damaged)
-    refuses(capsys, two_methods, str(tmp_path / "g0"))
+def test_files_of_another_version(tmp_path, capsys, two_methods, name, old, new):
+    """Whole and unchanged, but not of this content."""
+    folder = tmp_path / "g0"
+    texts = {file: (folder / file).read_text() for file in ("results.json", "scores.csv")}
+    other = new if old is None else texts[name].replace(old, new)
+    assert other != texts[name]
+    texts[name] = other
+    save_again(folder, json.loads(texts["results.json"]), texts["scores.csv"])
+    refuses(capsys, two_methods, str(folder))
 
 
 # ----------------------------------------------------------------------------------------- tables

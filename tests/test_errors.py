@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from support.errors import UserError, for_people, is_out_of_memory, readable_errors
+from support.errors import Terminated, UserError, for_people, is_out_of_memory, readable_errors
 
 
 def ended_by(error, **options):
@@ -43,6 +43,14 @@ def test_an_interruption(capsys):
     assert capsys.readouterr().err == "program: interrupted; what was written stays\n"
     assert ended_by(KeyboardInterrupt(), interrupted="go on with --resume") == 130
     assert capsys.readouterr().err == "program: interrupted; go on with --resume\n"
+
+
+def test_a_stop_by_the_system(capsys):
+    """Whoever started the program must not take it for a finished one."""
+    assert ended_by(Terminated(), interrupted="--resume goes on") == 143
+    assert capsys.readouterr().err == "program: stopped by SIGTERM; --resume goes on\n"
+    assert ended_by(Terminated()) == 143
+    assert "what was written stays" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import exit_code, refused, rows
 from PIL import Image
-from test_common import save_checkpoint
+from test_common import LITS, save_checkpoint
 
 import fedgs
 import metrics
@@ -231,11 +231,10 @@ def ct_root(tmp_path):
     return root
 
 
-@pytest.mark.slow
 def test_boundaries_in_mm_of_ct(ct_root, tmp_path, capsys):
     """Each volume has its own pixels, which resizing has made larger or smaller."""
-    lits = {"dataset": "lits", "split": "centre", "out_centre": "C5"}
-    path = save_checkpoint(tmp_path / "ct.pt", "LiTS", **lits, centres=("C1", "C2", "C4", "C5"))
+    centres = ("C1", "C2", "C4", "C5")
+    path = save_checkpoint(tmp_path / "ct.pt", "LiTS", **{**LITS, "centres": centres})
     out = tmp_path / "out"
     centres = ["--centres", "C1", "C2", "C5"]
     arguments = [path, "--data-root", ct_root, *centres, "--surfaces", 2.5, "--out", out]

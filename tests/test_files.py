@@ -1,8 +1,9 @@
-"""Files that are written whole or not at all, CSV and JSON."""
+"""Files that are written whole or not at all, checksums, CSV and JSON."""
 
 import json
 import math
 import os
+import random
 
 import pytest
 
@@ -89,6 +90,65 @@ def test_what_a_killed_process_leaves_is_in_nobodys_way(tmp_path):
 def test_text_is_utf_8(tmp_path):
     files.write_text(tmp_path / "notes.txt", "η\n")
     assert (tmp_path / "notes.txt").read_bytes() == "η\n".encode()
+
+
+# ---------------------------------------------------------------------------------------- checksums
+
+
+def flipped(content, places=(), count=150):
+    """Copies of a file's content with one bit flipped: all bits of these bytes, and random ones."""
+    generator = random.Random(0)
+    flips = [8 * (place % len(content)) + bit for place in places for bit in range(8)]
+    flips += [generator.randrange(8 * len(content)) for _ in range(count)]
+    for flip in flips:
+        damaged = bytearray(content)
+        damaged[flip // 8] ^= 1 << flip % 8
+        yield bytes(damaged)
+
+
+def test_a_bit_is_flipped():
+    copies = list(flipped(b"abc", places=(0, -1), count=100))
+    assert len(copies) == 2 * 8 + 100
+    assert (copies[0], copies[8]) == (b"`bc", b"abb")
+    assert len(set(copies)) == 3 * 8
+    for copy in copies:
+        assert (int.from_bytes(copy, "big") ^ int.from_bytes(b"abc", "big")).bit_count() == 1
+
+
+def test_the_checksum_is_a_known_one(tmp_path):
+    """That of `printf abc | b2sum -l 256`."""
+    expected = "bddd813c634239723171ef3fee98579b94964e3bb1cb3e427262c8c068d52319"
+    assert files.checksum(b"abc") == files.checksum(memoryview(b"abc")) == expected
+    assert files.write_text(tmp_path / "notes.txt", "abc") == expected
+
+
+CHECKSUMS = {"a.csv": files.checksum(b"a"), "b.csv": files.checksum(b"b")}
+
+
+def test_json_with_checksums_comes_back():
+    value = {"name": "η", "dice": math.nan, "list": ["\n}", "checksum"]}
+    content = files.to_checked_json(value, CHECKSUMS).encode()
+    found = files.from_checked_json(content)
+    own = {"checksums": CHECKSUMS, "checksum": files.checksum(content[:-68])}
+    assert found == json.loads(content) == {**value, "dice": None, **own}
+
+
+def test_every_flipped_bit_of_checked_json_is_noticed():
+    content = files.to_checked_json({"name": "η", "dice": [0.5, None]}, CHECKSUMS).encode()
+    for damaged in flipped(content, places=range(len(content)), count=0):
+        assert files.from_checked_json(damaged) is None
+
+
+def test_what_is_no_checked_json():
+    content = files.to_checked_json({"name": "a"}, {}).encode()
+    others = [content[:-1], content[1:], content + b"\n", content.replace(b"\n", b"\r\n")]
+    others += [b"", b"[]", b"hello world", b"\xff", content[:20], b'{"checksum": ""}']
+    for other in others:
+        assert files.from_checked_json(other) is None
+
+
+def test_json_without_checksums_is_taken_as_it_is():
+    assert files.from_checked_json(b'{"name": "a"}') == {"name": "a"}
 
 
 # ------------------------------------------------------------------------------------- CSV and JSON

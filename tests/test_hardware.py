@@ -229,6 +229,14 @@ def graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
 
 
+def some_batch(generator, device=CUDA):
+    """A batch of four images."""
+    images = square_images("C1", 4, generator, size=64).to(device)
+    draws = torch.rand(4, 9, generator=generator).to(device)
+    noise = torch.randn(2, 4, 8, generator=generator).to(device)
+    return Batch(images.images, images.masks, images.small, draws, noise)
+
+
 @pytest.mark.parametrize("method", ["fedgs", "fedavg"])
 def test_rounds_of_captured_steps_are_rounds(graphs, method, generator):
     """One recording serves every client and round. It reads each batch, and keeps nothing else."""
@@ -252,24 +260,35 @@ def test_rounds_of_captured_steps_are_rounds(graphs, method, generator):
         assert replayed.progress.step == 3
 
 
+def test_a_batch_stays_as_it_is(graphs, generator):
+    """The next one is copied into tensors of the recording, not into those of the first."""
+    flat = FlatNetwork(build_network(CONFIG))
+    take_step = CapturedStep(recorded_step)
+    first = some_batch(generator, CPU)
+    before = Batch._make(x.clone() for x in first)
+    take_step(flat, first, CONFIG, PYTORCH)
+    take_step(flat, some_batch(generator, CPU), CONFIG, PYTORCH)
+    for x, value in zip(first, before, strict=True):
+        assert torch.equal(x, value)
+
+
 def test_only_on_a_gpu_steps_are_captured(square_root):
-    config = replace(CONFIG, data_root=str(square_root), centres=("C1", "C6"))
+    where = {"data_root": str(square_root), "centres": ("C1", "C6")}
+    config = replace(CONFIG, **where, image_size=16, width=2, local_epochs=1)
     federation = fedgs.load_data(config, config.centres)
     flat = FlatNetwork(build_network(config))
     for name in ("torch", "cpp", "cuda"):
         clients = fedgs.LocalClients(flat, federation, config, PYTORCH._replace(name=name))
         assert isinstance(clients.take_step, CapturedStep) == (name == "cuda")
 
+    # Whichever it is, clients train with it.
+    taken = []
+    clients.take_step = lambda *given: taken.append(given) or training_step(*given)
+    [update] = clients.train(flat.state(), 1)
+    assert len(taken) == update.log.steps > 0
+
 
 # ----------------------------------------------------------------------------------------- on a GPU
-
-
-def some_batch(generator):
-    """A batch of four images on the GPU."""
-    images = square_images("C1", 4, generator, size=64).to(CUDA)
-    draws = torch.rand(4, 9, generator=generator).to(CUDA)
-    noise = torch.randn(2, 4, 8, generator=generator).to(CUDA)
-    return Batch(images.images, images.masks, images.small, draws, noise)
 
 
 def flat_network(config):

@@ -368,6 +368,14 @@ def test_means_by_size():
     assert means["recall_1000_up"] == {"mean": 0, "n": 1}
 
 
+def test_ranges_of_lesions_begin_at_their_lower_bounds():
+    sizes = [1.0, 49.9, 50.0, 149.9, 150.0, 999.9, 1000.0]
+    of_one = [lesions(sizes, [0.5] * 7)]
+    yes = torch.tensor([True])
+    means = metrics.means(metrics.tally(torch.ones(1), yes, yes, yes, of_one))
+    assert [means[name]["n"] for name in metrics.RECALL_BINS] == [2, 2, 2, 1]
+
+
 def test_reduction_over_clients_is_exact(generator):
     # 24 bits each, so that float64 sums of them are exact.
     dice = torch.rand(101, generator=generator).double()

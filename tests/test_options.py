@@ -63,7 +63,7 @@ def test_flags():
     assert {"rounds", "device", "workers", "kernels", "out", "resume"} < free
     assert not free & {"method", "seed", "lr", "fold", "centres", "precision", "width", "tau"}
     assert options.flagged(Config, "path") == {"data_root", "cache", "out"}
-    assert options.flagged(Config, "place") == {"centres", "out_centre", "precision"}
+    assert options.flagged(Config, "place") == {"centres", "out_centre", "lesion", "precision"}
 
 
 # ------------------------------------------------------------------------------------------ checks
@@ -100,6 +100,12 @@ def test_the_papers_configurations_pass():
         ({"centres": ("C1", "C1", "C6")}, "--centres C1 C1 C6: names a centre twice"),
         ({"centres": ("C6",)}, "--centres C6: leaves no client"),
         ({"out_centre": "C7"}, "--out-centre C7: must be among --centres"),
+        ({"images": "slices"}, "--images slices: PolypGen's are colour or grey"),
+        ({"lesion": (1,)}, "--lesion 1: is for masks of your own"),
+        ({"split": "given"}, "--split given: is for a manifest"),
+        ({"window": (0.0, 9.0)}, "--window 0.0 9.0: is for volumes and grey images"),
+        ({"images": "grey", "window": (9.0, 0.0)}, "--window 9.0 0.0: must be two numbers"),
+        ({"images": "grey", "window": (9.0,)}, "--window 9.0: must be two numbers"),
         ({"model": "sd-utnet", "batch_size": 1}, "sd-utnet needs two images"),
         ({"model": "sd-utnet", "width": 1}, "sd-utnet needs 2 or more"),
         ({"split": "centre", "fold": 2}, "--fold 2: --split centre has no folds"),
@@ -113,10 +119,31 @@ def test_values_that_no_run_can_use(changes, words):
         options.check(replace(Config(), **changes), data.CENTRES["polypgen"])
 
 
-def test_grouped_frames_are_polypgens():
-    lits = Config(**{**DATASETS["lits"], "dataset": "lits", "split": "grouped"})
-    with pytest.raises(UserError, match="--split grouped: LiTS is split by volume anyway"):
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"split": "grouped"}, "--split grouped: LiTS is split by volume anyway"),
+        ({"images": "grey"}, "--images grey: LiTS is read as slices"),
+        ({"lesion": (1, 2)}, "--lesion 1 2: is for masks of your own"),
+    ],
+)
+def test_what_lits_does_not_have(changes, words):
+    lits = Config(**{**DATASETS["lits"], "dataset": "lits", **changes})
+    with pytest.raises(UserError, match=words):
         options.check(lits, data.CENTRES["lits"])
+
+
+def test_own_data_may_do_without_a_held_out_centre():
+    own = {"dataset": "my", "centres": ("St. Olav", "Berlin"), "out_centre": ""}
+    config = Config(**own, images="grey", lesion=(1, 2), split="given", window=(0.0, 9.0))
+    options.check(config, config.centres)
+    assert config.clients == ["St. Olav", "Berlin"]
+    with pytest.raises(UserError, match="--lesion 0 1: must be whole numbers above 0"):
+        options.check(replace(config, lesion=(0, 1)), config.centres)
+    with pytest.raises(UserError, match="--fold 2: --split given has no folds"):
+        options.check(replace(config, fold=2), config.centres)
+    with pytest.raises(UserError, match=r"--centres Oslo: must be among 'St\. Olav' Berlin"):
+        options.check(replace(config, centres=("Oslo",)), own["centres"])
 
 
 @pytest.mark.parametrize(
@@ -132,6 +159,9 @@ def test_grouped_frames_are_polypgens():
         ("centres", ["C1", "C2"], True),
         ("centres", [1, 2], False),
         ("centres", "C1", False),
+        ("lesion", [1, 2], True),
+        ("lesion", ["1"], False),
+        ("window", [-200.0, 200.0], True),
         ("resume", False, True),
         ("resume", 0, False),
     ],
@@ -144,7 +174,7 @@ def test_plausible_values(name, value, expected):
 def facts(train, validation):
     """What clients of these numbers of images have."""
     numbers = zip(train, validation, strict=True)
-    return {f"C{k}": data.Facts(n, m, 0, 0, 0, "") for k, (n, m) in enumerate(numbers, start=1)}
+    return {f"C{k}": data.Facts(n, m, 1, 0, 0, "") for k, (n, m) in enumerate(numbers, start=1)}
 
 
 def test_sizes_that_are_enough():
@@ -164,3 +194,10 @@ def test_sizes_that_are_not(train, validation, words):
     config = Config(batch_size=4, centres=("C1", "C2", "C6"))
     with pytest.raises(UserError, match=words):
         options.check_sizes(config, facts(train, validation))
+
+
+def test_somebody_has_to_have_test_images():
+    config = Config(batch_size=4, centres=("C1",), out_centre="", split="given")
+    untested = {"C1": data.Facts(9, 1, 0, 0, 0, "")}
+    with pytest.raises(UserError, match="--split given leaves no test images"):
+        options.check_sizes(config, untested)

@@ -87,6 +87,17 @@ def test_rounds_are_whole_numbers(tmp_path):
         assert [tick for tick in axes.get_xticks() if low < tick < high] == [1]
 
 
+def test_curves_of_more_clients_than_a_legend_can_name():
+    row = {"round": 1, "eta": 1.0, "scaled_steps": 0.0, "dice": 0.1, "dice_s": 0.1, "dice_l": 0.1}
+    names = {}
+    for clients in (12, 13):
+        losses = {f"loss_St. {k}": 0.5 for k in range(clients)}
+        axes = pictures.draw_curves([{**row, **losses}], "many").axes[0]
+        assert len(axes.lines) == clients
+        names[clients] = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == {12: [f"St. {k}" for k in range(12)], 13: ["13 clients"]}
+
+
 # -------------------------------------------------------------------------------------- predictions
 
 

@@ -1,6 +1,8 @@
 """python -m tools.predict: masks of one's own images and volumes."""
 
 import gzip
+import itertools
+import math
 
 import nibabel
 import numpy as np
@@ -9,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from conftest import SHARED, exit_code, refused
 from PIL import Image
-from test_common import save_checkpoint
+from test_common import LITS, save_checkpoint
 
+import data
 import fedgs
 from models import UTNet
 from support.errors import UserError
@@ -28,9 +31,7 @@ def checkpoint(finished):
 
 @pytest.fixture
 def ct_checkpoint(tmp_path):
-    path = tmp_path / "ct.pt"
-    lits = {"dataset": "lits", "centres": ("C1", "C5"), "out_centre": "C5", "split": "centre"}
-    return save_checkpoint(path, "LiTS stand-in", **lits)
+    return save_checkpoint(tmp_path / "ct.pt", "LiTS stand-in", **LITS)
 
 
 def main(checkpoint, out, *paths):
@@ -69,9 +70,16 @@ def bright(images, size):
     return F.interpolate(lesion, size, mode="nearest-exact") > 0.5
 
 
-def segment(inputs, out, dataset, size, source=SOURCE, network=bright):
+def reading(kind, size, window=()):
+    """CT in its window where no other is given."""
+    if kind == "slices":
+        window = window or (-200.0, 200.0)
+    return data.Reading(kind, window, size, tau=150)
+
+
+def segment(inputs, out, kind, size, source=SOURCE, network=bright):
     """-> messages of files that could not be read"""
-    return predict.segment_files(network, inputs, out, dataset, size, source)
+    return predict.segment_files(network, inputs, out, reading(kind, size), source)
 
 
 # -------------------------------------------------------------------------------- what is segmented
@@ -83,17 +91,17 @@ def test_of_a_folder_all_but_masks(tmp_path):
     for name in (*names, "a.png", "a_mask.png", "a_overlay.png", "b.JPG", "notes.txt"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "below.png").mkdir()
-    assert list(predict.find_inputs([tmp_path], "lits")) == ["volume-3", "volume-4"]
-    assert list(predict.find_inputs([tmp_path], "polypgen")) == ["a", "b"]
+    assert list(predict.find_inputs([tmp_path], "slices")) == ["volume-3", "volume-4"]
+    assert list(predict.find_inputs([tmp_path], "colour")) == ["a", "b"]
 
     # A file that is named is taken, whatever it is called.
     mask = tmp_path / "a_mask.png"
-    assert predict.find_inputs([str(mask)], "polypgen") == {"a_mask": mask}
+    assert predict.find_inputs([str(mask)], "colour") == {"a_mask": mask}
 
 
 def test_a_file_named_twice_is_one(tmp_path):
     path = write_image(tmp_path / "a.png")
-    assert predict.find_inputs([path, tmp_path, path], "polypgen") == {"a": path}
+    assert predict.find_inputs([path, tmp_path, path], "colour") == {"a": path}
 
 
 def test_what_cannot_be_predicted(tmp_path, capsys, checkpoint, ct_checkpoint):
@@ -101,14 +109,14 @@ def test_what_cannot_be_predicted(tmp_path, capsys, checkpoint, ct_checkpoint):
     out = tmp_path / "out"
     refused(capsys, main(checkpoint, out, tmp_path / "none.png"), "none.png: no such file")
     code = main(ct_checkpoint, out, frame)
-    refused(capsys, code, "a.png: a network for lits reads .nii, .nii.gz")
+    refused(capsys, code, "a.png: a network for volumes reads .nii, .nii.gz")
     code = main(checkpoint, out, checkpoint)
     refused(capsys, code, "best.pt", ".png")
 
     empty = tmp_path / "empty"
     empty.mkdir()
     code = main(checkpoint, out, empty)
-    refused(capsys, code, "empty holds none of", ".png")
+    refused(capsys, code, "empty holds nothing to segment", ".png")
     twin = write_image(empty / "a.bmp")
     code = main(checkpoint, out, frame, twin)
     refused(capsys, code, "a.png", "a.bmp", "same results")
@@ -147,7 +155,7 @@ def test_nothing_is_overwritten(tmp_path, capsys, checkpoint):
 
 def test_mask_and_overlay_of_an_image(tmp_path):
     path = write_image(tmp_path / "frame.png", 64, 64)
-    assert segment({"frame": path}, tmp_path / "out", "polypgen", 64) == []
+    assert segment({"frame": path}, tmp_path / "out", "colour", 64) == []
 
     with Image.open(tmp_path / "out" / "frame_mask.png") as mask:
         assert mask.mode == "L"
@@ -167,7 +175,7 @@ def test_mask_and_overlay_of_an_image(tmp_path):
 
 def test_a_picture_of_a_real_network_has_no_text(tmp_path):
     path = write_image(tmp_path / "frame.png", 64, 64)
-    assert segment({"frame": path}, tmp_path / "out", "polypgen", 64, "trained on PolypGen") == []
+    assert segment({"frame": path}, tmp_path / "out", "colour", 64, "trained on PolypGen") == []
     with Image.open(tmp_path / "out" / "frame_overlay.png") as overlay:
         assert (np.asarray(overlay)[:10] == 40).all()
 
@@ -237,7 +245,8 @@ def test_what_was_found_is_said(tmp_path, lesions, expected):
         pixels[top : top + 4, left : left + 4] = 255
     Image.fromarray(pixels).save(tmp_path / "a.png")
     paths = tmp_path / "mask.png", tmp_path / "overlay.png"
-    found = predict.segment_image(bright, tmp_path / "a.png", *paths, 64, SOURCE)
+    colour = reading("colour", 64)
+    found = predict.segment_image(bright, tmp_path / "a.png", *paths, colour, SOURCE)
     assert found == expected
 
 
@@ -250,9 +259,7 @@ def test_the_network_sees_an_image_as_in_training(tmp_path, generator):
         seen.append(images)
         return bright(images, size)
 
-    assert (
-        segment({"a": tmp_path / "a.png"}, tmp_path / "out", "polypgen", 32, SOURCE, network) == []
-    )
+    assert segment({"a": tmp_path / "a.png"}, tmp_path / "out", "colour", 32, SOURCE, network) == []
     resized = Image.fromarray(pixels.numpy()).resize((32, 32), Image.Resampling.BILINEAR)
     assert torch.equal(seen[0], torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None])
 
@@ -267,10 +274,42 @@ def test_one_bad_file_among_good_ones(tmp_path, capsys, checkpoint):
     assert names_in(tmp_path / "out") == results_of("a", "c")
 
 
-def test_pixels_that_would_be_cut_off(tmp_path, capsys, checkpoint):
-    Image.fromarray(np.full((40, 40), 30000, np.uint16)).save(tmp_path / "deep.png")
-    code = main(checkpoint, tmp_path / "out", tmp_path / "deep.png")
-    refused(capsys, code, "deep.png", "I;16", "8 bits", "0 of 1")
+def test_a_photograph_is_segmented_as_it_looks(tmp_path):
+    """Its mask and overlay lie where the camera's user saw the lesion."""
+    pixels = np.full((32, 64, 3), 40, np.uint8)
+    pixels[4:10, 50:60] = 220
+    turned = Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter to the right makes it upright
+    turned.save(tmp_path / "phone.jpg", exif=exif, quality=95)
+    assert segment({"phone": tmp_path / "phone.jpg"}, tmp_path / "out", "colour", 64) == []
+    expected = pixels[..., 0] > 127
+    with Image.open(tmp_path / "out" / "phone_mask.png") as mask:
+        assert mask.size == (64, 32)
+        assert not mask.getexif()
+        assert (np.asarray(mask) > 0)[expected].all()
+        assert ((np.asarray(mask) > 0) != expected).mean() < 0.01
+    with Image.open(tmp_path / "out" / "phone_overlay.png") as overlay:
+        assert overlay.size == (64, 32)
+        assert not overlay.getexif()
+
+
+@pytest.mark.parametrize(("window", "threshold"), [((), 2000), ((0.0, 8000.0), 4000)])
+def test_a_grey_image_of_more_than_eight_bits(tmp_path, window, threshold):
+    """Through a network for grey images, by its percentiles or the window of training."""
+    deep = np.linspace(0, 4000, 64 * 64).reshape(64, 64).astype(np.uint16)
+    deep[0, :10] = 60000
+    Image.fromarray(deep).save(tmp_path / "scan.png")
+
+    def grey_network(images, size):
+        assert images.shape == (1, 1, 64, 64)
+        return bright(images, size)
+
+    paths = tmp_path / "mask.png", tmp_path / "overlay.png"
+    how = reading("grey", 64, window)
+    predict.segment_image(grey_network, tmp_path / "scan.png", *paths, how, SOURCE)
+    found = np.asarray(Image.open(paths[0])) > 0
+    assert (found != (deep > threshold)).mean() < 0.02
 
 
 # ------------------------------------------------------------------------------------------ volumes
@@ -310,7 +349,7 @@ def test_mask_of_a_volume(tmp_path, suffix, kind):
         assert images.shape[1:] == (1, 24, 24)
         return bright(images, size)
 
-    assert segment({"scan": path}, tmp_path / "out", "lits", 24, source, square) == []
+    assert segment({"scan": path}, tmp_path / "out", "slices", 24, source, square) == []
 
     volume = nibabel.load(path)
     mask = nibabel.load(tmp_path / "out" / "scan_mask.nii.gz")
@@ -333,11 +372,81 @@ def test_mask_of_a_volume(tmp_path, suffix, kind):
     assert (header["scl_slope"], header["scl_inter"], header["cal_max"]) == (1, 0, 1)
 
 
+def turned_affines():
+    """Affines of every orientation that an array may have, and of oblique ones."""
+    for axes in itertools.permutations(range(3)):
+        for signs in itertools.product((1, -1), repeat=3):
+            affine = np.zeros((4, 4))
+            for row, (axis, sign) in enumerate(zip(axes, signs, strict=True)):
+                affine[row, axis] = sign * (0.7, 0.9, 2.5)[axis]
+            affine[:, 3] = (12, -30, 7, 1)
+            yield affine
+
+    turn = np.eye(4)
+    turn[:2, :2] = [[math.cos(0.3), -math.sin(0.3)], [math.sin(0.3), math.cos(0.3)]]
+    yield turn @ np.diag([-0.8, -0.8, 3, 1])
+
+
+@pytest.mark.parametrize(
+    ("sform", "qform"), [(1, 1), (2, 0), (0, 1), (0, 0)], ids=["both", "sform", "qform", "neither"]
+)
+def test_a_mask_lies_where_another_program_sees_its_volume(tmp_path, sform, qform):
+    """SimpleITK's physical points of the same index, and its voxels of the same place."""
+    sitk = pytest.importorskip("SimpleITK")
+    slopes = itertools.cycle([(1, 0), (2.0, -1024.0), (None, None)])
+    stored = np.random.default_rng(0).integers(-500, 1500, (16, 16, 5)).astype(np.int16)
+    inputs = {}
+    for i, affine in enumerate(turned_affines()):
+        volume = nibabel.Nifti1Image(stored, affine)
+        volume.set_sform(affine, sform)
+        volume.set_qform(affine, qform)
+        volume.header.set_slope_inter(*next(slopes))
+        path = tmp_path / f"scan{i}.nii.gz"
+        volume.to_filename(path)
+        inputs[path.name.removesuffix(".nii.gz")] = path
+
+    assert segment(inputs, tmp_path / "out", "slices", 16) == []
+    for name, path in inputs.items():
+        values = np.asarray(nibabel.load(path).dataobj)
+        expected = np.round((np.clip(values, -200, 200) + 200) / 400 * 255) > 127
+        assert 0 < expected.mean() < 1
+
+        volume = sitk.ReadImage(str(path))
+        mask = sitk.ReadImage(str(tmp_path / "out" / f"{name}_mask.nii.gz"))
+        assert mask.GetSize() == volume.GetSize()
+        for index in itertools.product((0, 15), (0, 15), (0, 4)):
+            place = volume.TransformIndexToPhysicalPoint(index)
+            assert mask.TransformIndexToPhysicalPoint(index) == place
+        assert np.array_equal(sitk.GetArrayFromImage(mask).transpose(2, 1, 0), expected)
+
+
+def test_a_volume_of_another_byte_order(tmp_path):
+    hu = np.random.default_rng(0).integers(-300, 300, (16, 16, 5)).astype(">i2")
+    header = nibabel.Nifti1Header(endianness=">")
+    nibabel.Nifti1Image(hu, OBLIQUE, header).to_filename(tmp_path / "a.nii")
+    assert segment({"a": tmp_path / "a.nii"}, tmp_path / "out", "slices", 16) == []
+    mask = nibabel.load(tmp_path / "out" / "a_mask.nii.gz")
+    grey = np.round((np.clip(hu, -200, 200) + 200) / 400 * 255)
+    assert np.array_equal(np.asarray(mask.dataobj), grey > 127)
+    assert np.allclose(mask.affine, OBLIQUE)
+
+
+def test_a_volume_without_a_window(tmp_path):
+    """Its own percentiles are black and white, as they were in training."""
+    values = np.random.default_rng(0).normal(900, 300, (24, 24, 40)).astype(np.float32)
+    nibabel.Nifti1Image(values, np.eye(4)).to_filename(tmp_path / "a.nii.gz")
+    how = data.Reading("slices", (), 24, 150)
+    predict.segment_volume(bright, tmp_path / "a.nii.gz", tmp_path / "m.nii.gz", how, SOURCE)
+    low, high = np.percentile(values, [0.5, 99.5])
+    found = np.asarray(nibabel.load(tmp_path / "m.nii.gz").dataobj)
+    assert (found != (values > (low + high) / 2)).mean() < 0.005
+
+
 def test_voxels_of_a_mask(tmp_path):
     """Of a square volume, which nothing has to be resized for."""
     hu = np.random.default_rng(0).integers(-300, 300, (24, 24, 33)).astype(np.int16)
     nibabel.Nifti1Image(hu, np.eye(4)).to_filename(tmp_path / "a.nii")
-    assert segment({"a": tmp_path / "a.nii"}, tmp_path / "out", "lits", 24) == []
+    assert segment({"a": tmp_path / "a.nii"}, tmp_path / "out", "slices", 24) == []
     grey = np.round((np.clip(hu, -200, 200) + 200) / 400 * 255)
     mask = nibabel.load(tmp_path / "out" / "a_mask.nii.gz")
     assert np.array_equal(np.asarray(mask.dataobj), grey > 127)
@@ -348,7 +457,7 @@ def test_a_lesion_of_a_volume_stays_in_its_place(tmp_path):
     hu = np.full((32, 20, 3), -200, np.int16)
     hu[4:14, 12:18, 1] = 200
     nibabel.Nifti1Image(hu, np.eye(4)).to_filename(tmp_path / "a.nii")
-    assert segment({"a": tmp_path / "a.nii"}, tmp_path / "out", "lits", 64) == []
+    assert segment({"a": tmp_path / "a.nii"}, tmp_path / "out", "slices", 64) == []
     mask = np.asarray(nibabel.load(tmp_path / "out" / "a_mask.nii.gz").dataobj)
     assert np.array_equal(mask > 0, hu > 0)
 
@@ -359,19 +468,20 @@ def test_what_was_found_in_a_volume(tmp_path):
     hu[:5, :10, 17] = 200
     nibabel.Nifti1Image(hu, np.diag([2, 2, 5, 1])).to_filename(tmp_path / "a.nii")
     path = tmp_path / "a.nii"
-    found = predict.segment_volume(bright, path, tmp_path / "mask.nii.gz", 16, SOURCE)
+    slices = reading("slices", 16)
+    found = predict.segment_volume(bright, path, tmp_path / "mask.nii.gz", slices, SOURCE)
     assert found == "lesion in 2 of 20 slices, 3.0 ml"  # 150 voxels of 20 mm3
 
     nothing = np.full((16, 16, 2), -200, np.int16)
     nibabel.Nifti1Image(nothing, np.eye(4)).to_filename(path)
-    found = predict.segment_volume(bright, path, tmp_path / "mask.nii.gz", 16, SOURCE)
+    found = predict.segment_volume(bright, path, tmp_path / "mask.nii.gz", slices, SOURCE)
     assert found == "no lesion"
 
 
 def test_upper_case_suffix(tmp_path):
     path = write_volume(tmp_path / "a.nii.gz").rename(tmp_path / "A.NII.GZ")
-    inputs = predict.find_inputs([path], "lits")
-    assert segment(inputs, tmp_path / "out", "lits", 16) == []
+    inputs = predict.find_inputs([path], "slices")
+    assert segment(inputs, tmp_path / "out", "slices", 16) == []
     assert names_in(tmp_path / "out") == {"A_mask.nii.gz"}
 
 
@@ -404,7 +514,7 @@ def test_an_interrupted_volume_leaves_nothing(tmp_path):
         return bright(images, size)
 
     with pytest.raises(KeyboardInterrupt):
-        segment({"a": path}, tmp_path / "out", "lits", 16, network=interrupted)
+        segment({"a": path}, tmp_path / "out", "slices", 16, network=interrupted)
     assert calls == [16, 16]  # a block at a time
     assert names_in(tmp_path / "out") == set()
 
@@ -415,7 +525,7 @@ def test_a_volume_that_is_damaged_in_the_middle(tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)
-    [message] = segment({"a": path}, tmp_path / "out", "lits", 16)
+    [message] = segment({"a": path}, tmp_path / "out", "slices", 16)
     assert "a.nii.gz" in message
     assert not (tmp_path / "out").exists()
 
@@ -470,6 +580,6 @@ def test_errors_of_one_file_alone_are_collected(tmp_path):
         raise UserError("cannot read")
 
     with pytest.raises(ValueError, match="a fault"):
-        segment({"a": path}, tmp_path / "out", "polypgen", 32, network=faulty)
-    found = segment({"a": path}, tmp_path / "out", "polypgen", 32, network=unreadable)
+        segment({"a": path}, tmp_path / "out", "colour", 32, network=faulty)
+    found = segment({"a": path}, tmp_path / "out", "colour", 32, network=unreadable)
     assert found == ["cannot read"]

@@ -505,7 +505,7 @@ class Line(processes.Channel):
 
 def test_rounds_by_messages_are_those_of_one_process(tiny, monkeypatch):
     """Training, validation and tests of clients that another thread serves, bit for bit."""
-    small = {"image_size": 16, "batch_size": 8, "local_epochs": 1}
+    small = {"image_size": 16, "batch_size": 8, "local_epochs": 1, "lr": 0.03}
     config = replace(tiny, centres=("C3", "C4", "C5", "C6"), rounds=2, **small)
     one_by_one = threading.Lock()  # initial weights are drawn from torch's global generator
 
@@ -549,10 +549,42 @@ def test_ctrl_c_is_ignored_by_workers_alone(monkeypatch):
     context = SimpleNamespace(Pipe=lambda: (pipes, pipes), Process=lambda **how: process)
     monkeypatch.setattr(processes.multiprocessing, "get_context", lambda kind: context)
 
-    before = signal.getsignal(signal.SIGINT)
+    # Programs in the background begin with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     assert list(processes.start_workers(3, fedgs.open_local_clients)) == [1, 2]
     assert handlers == [signal.SIG_IGN, signal.SIG_IGN]
-    assert signal.getsignal(signal.SIGINT) == before
+    assert signal.signal(signal.SIGINT, before) == signal.default_int_handler
+
+
+def test_an_error_for_people_is_an_answer():
+    def damaged(config, centres):
+        raise UserError("frame 7 is damaged")
+
+    channel = Script(("open", None, ["C5"], torch.get_num_threads()), processes.END)
+    processes.serve(channel, damaged)
+    assert channel.told == [("frame 7 is damaged", None)]
+
+
+def test_the_others_are_told_to_end_while_they_can_be_reached(monkeypatch):
+    """And in every case: here the server's own images are damaged."""
+    channel = Script()
+    told = []
+
+    def damaged(config, centres):
+        channel.due = 0
+        raise UserError("frame 7 is damaged")
+
+    monkeypatch.setattr(processes, "under_torchrun", lambda: True)
+    monkeypatch.setattr(processes, "meet", lambda: {1: channel})
+    monkeypatch.setattr(processes, "threads_of_each", lambda count: torch.get_num_threads())
+    monkeypatch.setattr(processes.dist, "destroy_process_group", lambda: told.extend(channel.told))
+    config = fedgs.Config(centres=("C4", "C5", "C6"))
+    with (
+        pytest.raises(UserError, match="frame 7"),
+        processes.spread(damaged, config, {"C4": 9, "C5": 8}, 2),
+    ):
+        pass
+    assert told[-1] == processes.END
 
 
 def test_answers_come_in_client_order():

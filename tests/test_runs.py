@@ -1,21 +1,23 @@
-"""A run's folder: what is refused, damage, and the rows and texts of a run."""
+"""A run's folder: what is refused, damage, going on, and the rows and texts of a run."""
 
+import contextlib
 import json
 import math
 import os
 import shutil
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn as nn
 from conftest import refused
 from matplotlib.figure import Figure
+from test_files import flipped
 
 import data
 import metrics
-from fedgs import ClientLog, Config
-from support import runs
+from fedgs import ClientLog, Config, FlatNetwork
+from support import checkpoints, runs
 from support.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("plain_pictures")
@@ -60,42 +62,14 @@ def test_options_added_later_do_not_keep_a_run_from_going_on(run, finished, tmp_
 
 # ------------------------------------------------------------------------------------------ damage
 
-DAMAGE = {
-    "half": lambda content: content[: len(content) // 2],
-    "start": lambda content: content[: min(5000, len(content) // 3)],
-    "empty": lambda content: b"",
-    "braces": lambda content: b"{}",
-    "text": lambda content: b"hello world",
-}
 
-
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resume.pt", "config.json"])
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-@pytest.mark.slow
-def test_damaged_files(run, tmp_path, finished, capsys, name, damage):
+def test_damage_is_a_line(run, tmp_path, finished, capsys, name):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    (folder / name).write_bytes(damage((finished / name).read_bytes()))
-    refused(capsys, run(folder, "--resume"), name)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("best", {}),
-        ("state", "abc"),
-        ("velocity", None),
-        ("history", [{}]),
-        ("history", [{"round": 2}]),
-    ],
-)
-@pytest.mark.slow
-def test_state_of_another_kind(run, tmp_path, finished, capsys, key, value):
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
-    saved = torch.load(finished / "resume.pt", weights_only=True)
-    torch.save({**saved, key: value}, folder / "resume.pt")
-    refused(capsys, run(folder, "--resume"), "resume.pt")
+    (folder / name).write_text("hello world")
+    refused(capsys, run(folder, "--resume"), f"{folder / name} is damaged")
 
 
 def test_lost_state_of_a_finished_run(run, tmp_path, finished, capsys):
@@ -108,6 +82,35 @@ def test_lost_state_of_a_finished_run(run, tmp_path, finished, capsys):
 # ---------------------------------------------------------------------------------- saving a round
 
 
+class Rounds:
+    """Made-up rounds in a folder, after those that are there. Their weights are their numbers."""
+
+    def __init__(self, out, source="here", **options):
+        torch.manual_seed(0)
+        self.config = Config(out=str(out), resume=True, **options)
+        self.folder = runs.Folder(self.config)
+        flat = FlatNetwork(nn.BatchNorm1d(2))
+        federation = SimpleNamespace(source=source)
+        self.clients = SimpleNamespace(flat=flat, federation=federation)
+        self.server = SimpleNamespace(state=flat.state(), velocity=torch.zeros(4), round=0)
+        self.history = self.folder.load_progress(self.server, self.clients)
+
+    def save(self, *validations):
+        """A round for each of these validation measures."""
+        for validation in validations:
+            number = len(self.history) + 1
+            self.history.append({"round": number})
+            flat = self.clients.flat
+            for vector in (flat.parameters, flat.buffers, flat.counters, self.server.velocity):
+                vector.fill_(number)
+
+            source = self.clients.federation.source
+            about = runs.describe_weights(self.config, source, number, "0")
+            weights = checkpoints.with_about(flat.network, about)
+            self.folder.save_round(self.server, weights, self.history, validation)
+        return self
+
+
 def validation(dice, dice_s, small=5):
     """Validation measures with these two means."""
     measures = {name: {"mean": 0.5, "n": 5} for name in metrics.MEASURES}
@@ -116,34 +119,244 @@ def validation(dice, dice_s, small=5):
     return measures
 
 
-def save_rounds(folder, rounds):
-    """Save rounds whose weights are their numbers, with these validation measures."""
-    server = SimpleNamespace(state=(torch.zeros(1),), velocity=torch.zeros(1))
-    history = []
-    for number, measures in enumerate(rounds, start=1):
-        history.append({"round": number})
-        folder.save_round(server, {"w": torch.tensor(float(number))}, history, measures)
-
-
 def kept(folder, name):
-    return torch.load(folder.path / f"{name}.pt", weights_only=True)["w"].item()
+    """The round of a checkpoint, by its weights and by what it says."""
+    state, about = checkpoints.read_weights(folder / f"{name}.pt")
+    numbers = torch.cat([x.flatten().double() for x in state.values()]).unique()
+    assert numbers.tolist() == [about["round"]]
+    return about["round"]
 
 
 def test_the_best_rounds_are_kept(tmp_path):
-    folder = runs.Folder(Config(out=str(tmp_path)))
-    rounds = [validation(0.2, 0.9), validation(0.8, 0.1), validation(0.8, 0.9), validation(0.7, 0)]
-    save_rounds(folder, rounds)
-    assert kept(folder, "best") == 2  # of equal rounds the earlier one
-    assert kept(folder, "best_small") == 1
-    assert kept(folder, "last") == 4
-    assert folder.best["best"] == {"round": 2, "score": 0.8}
+    measures = [
+        validation(0.2, 0.9),
+        validation(0.8, 0.1),
+        validation(0.8, 0.9),
+        validation(0.7, 0),
+    ]
+    rounds = Rounds(tmp_path).save(*measures)
+    assert kept(tmp_path, "best") == 2  # of equal rounds the earlier one
+    assert kept(tmp_path, "best_small") == 1
+    assert kept(tmp_path, "last") == 4
+    assert rounds.folder.best["best"] == {"round": 2, "score": 0.8}
 
 
 def test_best_small_goes_by_dice_where_nothing_is_small(tmp_path):
-    folder = runs.Folder(Config(out=str(tmp_path)))
-    rounds = [validation(dice, math.nan, small=0) for dice in (0.2, 0.6, 0.4)]
-    save_rounds(folder, rounds)
-    assert kept(folder, "best_small") == kept(folder, "best") == 2
+    Rounds(tmp_path).save(*[validation(dice, math.nan, small=0) for dice in (0.2, 0.6, 0.4)])
+    assert kept(tmp_path, "best_small") == kept(tmp_path, "best") == 2
+
+
+def test_a_round_is_over_with_resume_pt_and_a_run_with_results_json(tmp_path, monkeypatch):
+    written = []
+    whole = os.replace
+
+    def noted(source, target):
+        written.append(target.name)
+        whole(source, target)
+
+    rounds = Rounds(tmp_path)
+    monkeypatch.setattr(os, "replace", noted)
+    rounds.save(validation(0.9, 0.9), validation(0.8, 0.8))
+    first = ["resume.pt", "best.pt", "best_small.pt", "last.pt", "rounds.csv"]
+    assert written == [*first, "resume.pt", "last.pt", "rounds.csv"]
+
+    written.clear()
+    rounds.folder.save_results({}, [{"dice": 1}], {"curves.png": Figure(figsize=(1, 1))})
+    assert written == ["scores.csv", "curves.png", "results.json"]
+
+
+def test_a_run_that_goes_on_has_no_results(tmp_path):
+    """Its tables must not stand beside the results of an earlier, shorter part of it."""
+    rounds = Rounds(tmp_path).save(validation(0.9, 0.9))
+    rounds.folder.claim({"config": {}})
+    rounds.folder.save_results({}, [{"dice": 1}], {})
+    assert runs.read_results(tmp_path)["checksums"].keys() == {
+        "config.json",
+        "rounds.csv",
+        "scores.csv",
+    }
+
+    again = Rounds(tmp_path)
+    assert (tmp_path / "results.json").exists()
+    again.folder.claim({"config": {}})
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_results_vouch_for_what_was_written(tmp_path):
+    """Not for what is there by then: a table may have been damaged while the run went on."""
+    rounds = Rounds(tmp_path).save(validation(0.9, 0.9))
+    rounds.folder.claim({"config": {}})
+    (tmp_path / "config.json").write_text("damaged")
+    rounds.folder.save_results({}, [{"dice": 1}], {})
+    with pytest.raises(UserError, match=r"config.json is not what was written there"):
+        runs.read_results(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------- going on
+
+
+def test_a_run_goes_on_where_it_was(tmp_path):
+    Rounds(tmp_path).save(validation(0.9, 0.2), validation(0.1, 0.1))
+    rounds = Rounds(tmp_path)
+    assert [row["round"] for row in rounds.history] == [1, 2]
+    assert rounds.server.round == 2
+    for vector in (*rounds.server.state, rounds.server.velocity):
+        assert vector.unique().tolist() == [2]
+
+    rounds.save(validation(0.5, 0.6))
+    assert [kept(tmp_path, name) for name in ("best", "best_small", "last")] == [1, 3, 3]
+    assert [row["round"] for row in Rounds(tmp_path).history] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("writes", range(6))
+def test_the_best_files_are_never_of_a_round_that_was_given_up(tmp_path, monkeypatch, writes):
+    """Killed in round 2, which another number of threads makes a worse one when it is repeated."""
+    rounds = Rounds(tmp_path).save(validation(0.5, 0.5))
+    whole = os.replace
+    left = writes
+
+    def failing(source, target):
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        whole(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with contextlib.suppress(KeyboardInterrupt):
+        rounds.save(validation(0.9, 0.9))
+    monkeypatch.setattr(os, "replace", whole)
+
+    again = Rounds(tmp_path)
+    assert len(again.history) == (2 if writes else 1)
+    again.save(*[validation(0.1, 0.1)] * (3 - len(again.history)))
+    for name in runs.BEST:
+        assert kept(tmp_path, name) == again.folder.best[name]["round"] == (2 if writes else 1)
+    assert kept(tmp_path, "last") == 3
+
+
+def test_what_follows_from_resume_pt_is_written_again(tmp_path):
+    Rounds(tmp_path).save(validation(0.2, 0.9), validation(0.8, 0.1))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for name in ("best.pt", "last.pt", "rounds.csv"):
+        (tmp_path / name).write_bytes(b"damaged")
+    Rounds(tmp_path)
+    for path in before:
+        if path.suffix == ".csv":
+            assert path.read_bytes() == before[path]
+    assert [kept(tmp_path, name) for name in ("best", "best_small", "last")] == [2, 1, 2]
+
+
+DAMAGE = {
+    "half": lambda content: content[: len(content) // 2],
+    "start": lambda content: content[: min(5000, len(content) // 3)],
+    "empty": lambda content: b"",
+    "braces": lambda content: b"{}",
+    "text": lambda content: b"hello world",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_files(tmp_path, damage):
+    Rounds(tmp_path).save(validation(0.9, 0.9)).folder.claim({"config": {"lr": 1}})
+    for name in ("resume.pt", "config.json"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(damage(content))
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            Rounds(tmp_path).folder.check({"config": {"lr": 1}})
+        (tmp_path / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["resume.pt", "best.pt", "best_small.pt"])
+def test_every_flipped_bit_is_noticed_before_a_run_goes_on(tmp_path, name):
+    Rounds(tmp_path).save(validation(0.9, 0.9), validation(0.8, 0.8))
+    content = (tmp_path / name).read_bytes()
+    for damaged in flipped(content, places=(0, -94, -72, -1)):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{name} is damaged, or no checkpoint: .") as caught:
+            Rounds(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_flipped_bits_of_config_json_are_noticed_or_written_over(tmp_path):
+    """Where a run goes on with other options than it says, it is not this run's."""
+    record = {"config": {"lr": 0.25, "rounds": 3}, "data": {"source": "here"}}
+    folder = Rounds(tmp_path).folder
+    folder.claim(record)
+    path = tmp_path / "config.json"
+    content = path.read_bytes()
+    noticed = 0
+    for damaged in flipped(content):
+        path.write_bytes(damaged)
+        try:
+            folder.check(record)
+        except UserError as error:
+            assert f"{path} is " in str(error) and "\n" not in str(error)
+            noticed += 1
+            continue
+        known = json.loads(damaged)
+        assert (known["config"]["lr"], known["data"]) == (0.25, {"source": "here"})
+        folder.claim(record)
+        assert path.read_bytes() == content
+    assert noticed > 100
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"seed": 3}, "seed 3, now 0"),
+        ({"lr": 0.5, "method": "fedavg"}, "method fedavg, now fedgs, lr 0.5, now 0.0001"),
+        ({"source": "elsewhere"}, "source elsewhere, now here"),
+    ],
+)
+@pytest.mark.parametrize("name", ["resume.pt", "best.pt", "best_small.pt"])
+def test_files_of_another_run_of_equal_shapes(tmp_path, options, words, name):
+    measures = [validation(0.9, 0.9), validation(0.8, 0.8)]
+    Rounds(tmp_path / "mine").save(*measures)
+    Rounds(tmp_path / "other", **options).save(*measures)
+    shutil.copy(tmp_path / "other" / name, tmp_path / "mine" / name)
+    with pytest.raises(UserError, match=rf"mine/{name} is of another run \({words}\): "):
+        Rounds(tmp_path / "mine")
+
+
+def test_what_may_change_when_a_run_goes_on(tmp_path):
+    Rounds(tmp_path, rounds=5, workers="2", label="a").save(validation(0.9, 0.9))
+    assert Rounds(tmp_path, rounds=9, workers="1", label="b").server.round == 1
+
+
+def test_a_best_file_of_another_round(tmp_path):
+    Rounds(tmp_path).save(validation(0.9, 0.9), validation(0.8, 0.8))
+    shutil.copy(tmp_path / "last.pt", tmp_path / "best.pt")
+    with pytest.raises(UserError, match=r"best.pt is of round 2, .* of round 1 belongs: put"):
+        Rounds(tmp_path)
+    (tmp_path / "best.pt").unlink()
+    with pytest.raises(UserError, match=r"best.pt is missing"):
+        Rounds(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("best", {}),
+        ("best", {"best": {"score": 1}, "best_small": {"score": 1}}),
+        ("weights", "abc"),
+        ("weights", {"weight": torch.ones(2)}),
+        ("velocity", None),
+        ("velocity", torch.ones(5)),
+        ("history", [{}]),
+        ("history", [{"round": 2}]),
+        ("history", [{"round": 1}, {"round": 2}]),
+    ],
+)
+def test_state_of_another_kind(tmp_path, key, value):
+    Rounds(tmp_path).save(validation(0.9, 0.9))
+    saved = torch.load(tmp_path / "resume.pt", weights_only=True)
+    checkpoints.save(tmp_path / "resume.pt", {**saved, key: value})
+    with pytest.raises(UserError, match=r"resume.pt"):
+        Rounds(tmp_path)
+
+
+# ---------------------------------------------------------------------------------- complete runs
 
 
 def test_a_complete_run(finished, tmp_path):
@@ -151,6 +364,7 @@ def test_a_complete_run(finished, tmp_path):
     folder = runs.Folder(config)
     assert folder.path == finished
     assert runs.is_complete(folder)
+
     shutil.copytree(finished, tmp_path / "run")
     moved = runs.Folder(config)
     moved.path = tmp_path / "run"
@@ -158,49 +372,16 @@ def test_a_complete_run(finished, tmp_path):
     assert not runs.is_complete(moved)
 
 
-class OneTensor(NamedTuple):
-    """The smallest state there is."""
-
-    weights: torch.Tensor
-
-
-def test_the_best_rounds_so_far_are_resumed(tmp_path):
-    first = [validation(0.9, 0.2)]
-    save_rounds(runs.Folder(Config(out=str(tmp_path))), first)
-
-    folder = runs.Folder(Config(out=str(tmp_path), resume=True))
-    state = OneTensor(torch.ones(1))
-    server = SimpleNamespace(state=state, velocity=torch.ones(1), round=0)
-    history = folder.load_progress(server)
-    assert server.round == 1
-    assert not server.state.weights.any()
-    assert not server.velocity.any()
-
-    history.append({"round": 2})
-    folder.save_round(server, {"w": torch.tensor(2.0)}, history, validation(0.5, 0.6))
-    assert (kept(folder, "best"), kept(folder, "best_small"), kept(folder, "last")) == (1, 2, 2)
-
-
-def test_what_says_that_it_is_over_comes_last(tmp_path, monkeypatch):
-    """resume.pt of a round, results.json of a run: what is killed before them has not ended."""
-    written = []
-    whole = os.replace
-
-    def noted(source, target):
-        written.append((target.name, (tmp_path / "results.json").exists()))
-        whole(source, target)
-
-    folder = runs.Folder(Config(out=str(tmp_path)))
-    monkeypatch.setattr(os, "replace", noted)
-    save_rounds(folder, [validation(0.9, 0.9)])
-    names = [name for name, _ in written]
-    assert names == ["best.pt", "best_small.pt", "last.pt", "rounds.csv", "resume.pt"]
-
-    # Tables of this run must not stand beside the results of an earlier, shorter part of it.
-    written.clear()
-    (tmp_path / "results.json").write_text("of fewer rounds")
-    folder.save_results({}, [{"dice": 1}], {"curves.png": Figure(figsize=(1, 1))})
-    assert written == [("scores.csv", False), ("curves.png", False), ("results.json", False)]
+@pytest.mark.parametrize("name", ["config.json", "rounds.csv", "scores.csv", "results.json"])
+def test_changed_files_are_not_taken_for_complete(finished, tmp_path, name):
+    shutil.copytree(finished, tmp_path / "run")
+    record = json.loads((finished / "config.json").read_text())["config"]
+    folder = runs.Folder(Config(**{**record, "out": str(tmp_path / "run")}))
+    assert runs.is_complete(folder)
+    path = folder.path / name
+    path.write_bytes(next(flipped(path.read_bytes())))
+    with pytest.raises(UserError, match=f"{path} is not what was written there"):
+        runs.is_complete(folder)
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -243,11 +424,11 @@ def test_tests_are_summarised_by_split_and_centre():
 
 def test_changes_are_named(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({"config": {"lr": 1, "rounds": 3}, "data": {"source": "PolypGen"}}))
+    earlier = {"config": {"lr": 1, "rounds": 3}, "data": {"source": "PolypGen"}}
     same = {"config": {"lr": 1, "rounds": 9}, "data": {"source": "PolypGen"}}
-    runs.check_same(path, same, Config())  # rounds may change
-    with pytest.raises(UserError, match="source PolypGen, now LiTS"):
-        runs.check_same(path, {"data": {"source": "LiTS"}}, Config())
+    runs.check_same(path, earlier, same, Config())  # rounds may change
+    with pytest.raises(UserError, match=r"config.json .*\(source PolypGen, now LiTS\)"):
+        runs.check_same(path, earlier, {"data": {"source": "LiTS"}}, Config())
 
 
 def test_seconds_and_rounds_are_of_the_whole_run():

@@ -113,13 +113,24 @@ def test_a_header_that_makes_no_sense(tmp_path, caplog):
     assert not caplog.records  # it is said once
 
 
-def test_spacing_of_what_the_network_sees(tmp_path):
-    """0.8 mm from row to row and 0.5 from column to column; 160 x 400 pixels become 32 x 32."""
-    path = tmp_path / "volume-0.nii.gz"
-    voxels = np.zeros((160, 400, 3), np.int16)
-    nibabel.Nifti1Image(voxels, np.diag([-0.8, 0.5, 5, 1])).to_filename(path)
-    spacing = volumes.pixel_spacing(path, 32)
-    assert spacing == pytest.approx((0.8 * 160 / 32, 0.5 * 400 / 32))
+@pytest.mark.parametrize(
+    ("change", "apart"),
+    [
+        (np.diag([1.0, 1, 1, 1]), None),
+        (np.diag([1.0, 1, 1.1, 1]), None),  # up to 0.2 mm
+        (np.diag([1.0, 1, -1, 1]), "4.0 mm"),  # slices in the other order
+        (np.diag([1.0, 1.2, 1, 1]), "3.8 mm"),
+    ],
+)
+def test_a_segmentation_lies_where_its_volume_does(tmp_path, change, apart):
+    pair = write_volume(tmp_path, 0, labels_of(60, 0, 80))
+    labels = np.asarray(nibabel.load(pair[1]).dataobj)
+    nibabel.Nifti1Image(labels, change).to_filename(pair[1])
+    if apart is None:
+        volumes.check_geometry(*pair)
+    else:
+        with pytest.raises(UserError, match=rf"segmentation-0.* lies up to {apart} away from"):
+            volumes.check_geometry(*pair)
 
 
 # ------------------------------------------------------------------------------------ grey slices
@@ -132,9 +143,9 @@ def test_which_slices_are_kept_and_their_grey_values(tmp_path):
     slices = list(volumes.cut_slices(*write_volume(tmp_path, 3, labels, hu)))
 
     assert [one.number for one in slices] == [1, 3]
-    for k, grey, tumour in slices:
+    for k, grey, lesion in slices:
         assert grey.dtype == np.uint8
-        assert np.array_equal(tumour, labels[:, :, k] == 2)
+        assert np.array_equal(lesion, labels[:, :, k] == 2)
         expected = np.round((np.clip(hu[:, :, k], -200, 200) + 200) / 400 * 255)
         assert np.array_equal(grey, expected)
 
@@ -147,8 +158,8 @@ def test_no_slice_is_lost_between_blocks(tmp_path, depth):
     pair = write_volume(tmp_path, 0, labels_of(*areas), hu, dtype=np.float32)
 
     found = {}
-    for k, grey, tumour in volumes.cut_slices(*pair):
-        found[k] = tumour.sum()
+    for k, grey, lesion in volumes.cut_slices(*pair):
+        found[k] = lesion.sum()
         assert np.array_equal(grey, volumes.window(hu[..., [k]], pair[0])[0])
     assert found == expected
 
@@ -161,6 +172,36 @@ def test_scaled_files(tmp_path):
     nibabel.save(stored, volume)
     [one] = volumes.cut_slices(volume, segmentation)
     assert np.unique(one.grey).tolist() == [round((50 + 200) / 400 * 255)]
+
+
+def test_levels_of_a_large_volume_from_a_part_of_it(tmp_path, monkeypatch):
+    """Every third row and column tell about the same as all of them."""
+    values = np.random.default_rng(0).normal(500, 100, (60, 60, 20))
+    path, _ = write_volume(tmp_path, 0, labels_of(*[60] * 20, height=60, width=60), values)
+    volume = volumes.open_volume(path)
+    whole = volumes.own_levels(volume, path)
+    assert whole == pytest.approx(tuple(np.percentile(values.astype(np.int16), [0.5, 99.5])))
+    monkeypatch.setattr(volumes, "SAMPLE", 9000)
+    part = volumes.own_levels(volume, path)
+    assert part != whole
+    assert part == pytest.approx(whole, abs=15)
+
+
+def test_labels_of_own_volumes(tmp_path):
+    """Any one label is lesion, and one of several by its number."""
+    tumour = labels_of(60, 0, 5) * 2 - 2  # 0 and 2
+    pair = write_volume(tmp_path, 0, tumour)
+    any_label = volumes.Cut((), (), fewest=1)
+    found = volumes.slice_files(*pair, tmp_path / "cache", any_label)
+    assert [k for k, _, _ in found.slices] == [0, 2]
+    assert (found.lesion, found.spacing) == ((2,), (1.0, 1.0))
+
+    pair = write_volume(tmp_path, 1, labels_of(60, 0, 5))
+    with pytest.raises(UserError, match=r"segmentation-1\.nii\.gz holds the labels 1, 2: say"):
+        volumes.slice_files(*pair, tmp_path / "cache1", any_label)
+    liver = any_label._replace(lesion=(1,))
+    found = volumes.slice_files(*pair, tmp_path / "cache1", liver)
+    assert [read(mask).astype(bool).sum() for _, _, mask in found.slices] == [260, 320, 315]
 
 
 def test_a_slice_at_the_size_of_the_network():
@@ -237,7 +278,7 @@ def cut(pair, tmp_path):
     """cut(): the slices of `pair` through a cache."""
 
     def through_cache():
-        return volumes.slice_files(0, *pair, tmp_path / "cache")
+        return volumes.slice_files(*pair, tmp_path / "cache" / "volume-0").slices
 
     return through_cache
 
@@ -254,13 +295,14 @@ def test_cached_slices_are_lossless(tmp_path):
     hu = noise(3)
     pair = write_volume(tmp_path, 7, labels_of(60, 0, 80), hu)
     expected = list(volumes.cut_slices(*pair))
-    found = volumes.slice_files(7, *pair, tmp_path / "cache")
+    folder = tmp_path / "cache" / "volume-7"
+    found = volumes.slice_files(*pair, folder).slices
 
     assert [k for k, _, _ in found] == [0, 2]
     for (_, grey, mask), one in zip(found, expected, strict=True):
         assert np.array_equal(read(grey), one.grey)
-        assert np.array_equal(read(mask), 255 * one.tumour.astype(np.uint8))
-        assert grey.parent == mask.parent == tmp_path / "cache" / "volume-7"
+        assert np.array_equal(read(mask), 255 * one.lesion.astype(np.uint8))
+        assert grey.parent == mask.parent == folder
 
 
 def test_a_volume_is_cut_once(cut, monkeypatch):
@@ -271,9 +313,9 @@ def test_a_volume_is_cut_once(cut, monkeypatch):
 
 def test_a_volume_without_tumours_is_looked_at_once(tmp_path, monkeypatch):
     pair = write_volume(tmp_path, 0, labels_of(0, 50))
-    assert volumes.slice_files(0, *pair, tmp_path / "cache") == []
+    assert volumes.slice_files(*pair, tmp_path / "cache").slices == []
     monkeypatch.setattr(volumes, "cut_slices", never)
-    assert volumes.slice_files(0, *pair, tmp_path / "cache") == []
+    assert volumes.slice_files(*pair, tmp_path / "cache").slices == []
 
 
 def remove_index(folder):
@@ -341,13 +383,15 @@ def test_a_file_of_the_same_length_that_is_younger(cut, pair, monkeypatch, which
         cut()
 
 
-@pytest.mark.parametrize(("name", "value"), [("WINDOW", (-100, 100)), ("TUMOUR_PIXELS", 70)])
-def test_another_rule_cuts_anew(cut, monkeypatch, name, value):
-    first = cut()
-    before = read(first[-1][1]).mean()
-    monkeypatch.setattr(volumes, name, value)
-    again = cut()
-    assert len(again) < len(first) or read(again[-1][1]).mean() != before
+@pytest.mark.parametrize(
+    "other", [{"window": (-100.0, 100.0)}, {"window": ()}, {"fewest": 71}, {"lesion": (1,)}]
+)
+def test_another_rule_cuts_anew(pair, tmp_path, other):
+    folder = tmp_path / "cache"
+    first = volumes.slice_files(*pair, folder).slices
+    before = [read(path).mean() for path in first[-1][1:]]
+    again = volumes.slice_files(*pair, folder, volumes.LITS._replace(**other)).slices
+    assert len(again) < len(first) or [read(path).mean() for path in again[-1][1:]] != before
 
 
 def test_volumes_that_look_alike_do_not_share_a_cache(tmp_path):
@@ -357,7 +401,7 @@ def test_volumes_that_look_alike_do_not_share_a_cache(tmp_path):
         pair = write_volume(tmp_path / folder, 0, labels_of(60), hu, suffix=".nii")
         for path in pair:
             os.utime(path, ns=(1, 1))
-        [(_, grey, _)] = volumes.slice_files(0, *pair, tmp_path / "cache")
+        [(_, grey, _)] = volumes.slice_files(*pair, tmp_path / "cache").slices
         greys.append(np.unique(read(grey)).tolist())
     assert greys == [[128], [191]]
 
@@ -381,7 +425,7 @@ def test_an_interrupted_cut_begins_again(cut, monkeypatch, tmp_path):
 def test_a_cache_that_cannot_be_written(pair, tmp_path):
     (tmp_path / "file").write_text("a file where a folder should be")
     with pytest.raises(UserError, match=r"cannot write the cache .*file/cache .*--cache"):
-        volumes.slice_files(0, *pair, tmp_path / "file" / "cache")
+        volumes.slice_files(*pair, tmp_path / "file" / "cache" / "volume-0")
 
 
 # ------------------------------------------------------------------------------------ real volumes
@@ -405,7 +449,7 @@ def test_real_slices_against_an_independent_count(real_volumes, tmp_path):
             if count > 50:
                 expected[number, k] = count
 
-        for k, _, mask in volumes.slice_files(number, *pair, tmp_path):
+        for k, _, mask in volumes.slice_files(*pair, tmp_path / str(number)).slices:
             tumour = read(mask) > 0
             found[number, k] = tumour.sum()
             assert np.array_equal(tumour, labels[:, :, k] == 2)
@@ -423,6 +467,6 @@ def test_a_real_volume_through_a_cache(real_volumes, tmp_path):
     for path in pair:
         shutil.copy(real_volumes / path.name, path)
     hu = np.asarray(nibabel.load(pair[0]).dataobj).astype(np.float64)
-    for k, grey, _ in volumes.slice_files(13, *pair, tmp_path / "cache"):
+    for k, grey, _ in volumes.slice_files(*pair, tmp_path / "cache").slices:
         expected = (np.clip(hu[:, :, k], -200, 200) + 200) * 255 / 400
         assert np.abs(read(grey) - expected).max() <= 0.501

@@ -8,11 +8,12 @@ from typing import Any
 import torch.nn as nn
 
 import data
-from fedgs import Config, build_network, configure
-from support import checkpoints, hardware, options
+from fedgs import DATASETS, Config, build_network, configure
+from support import checkpoints, hardware, manifest, options
 from support.errors import UserError
 
-DESCRIBES = ("dataset", "model", "width", "image_size", "device")  # what a bare state dict lacks
+# What a bare state dict lacks.
+DESCRIBES = ("dataset", "images", "window", "model", "width", "image_size", "device")
 
 
 def open_checkpoint(path: Path, given: Mapping[str, Any]) -> tuple[nn.Module, Config, dict]:
@@ -26,6 +27,7 @@ def open_checkpoint(path: Path, given: Mapping[str, Any]) -> tuple[nn.Module, Co
     """
     # The sums of a test are then those of the test at the end of a run.
     hardware.prepare_torch()
+    given = manifest.locate(given)
 
     weights, about = checkpoints.read_weights(path)
     if about:
@@ -33,7 +35,8 @@ def open_checkpoint(path: Path, given: Mapping[str, Any]) -> tuple[nn.Module, Co
     else:
         config, _ = configure({"preset": "paper", "method": "unknown", **given})
 
-    options.check(config, data.CENTRES[config.dataset])
+    # Of one's own data, which need not be here, the checkpoint knows the centres.
+    options.check(config, data.CENTRES.get(config.dataset, config.centres))
     network = build_network(config)
     checkpoints.load(network, weights, path)
     return network.to(hardware.choose_device(config.device)), config, about
@@ -51,7 +54,7 @@ def trained_config(path: Path, trained: Mapping[str, Any], given: Mapping[str, A
         value = trained[f.name]
         if not options.plausible(f, value):
             raise UserError(f"{path}: its configuration is damaged ({f.name} is {value!r})")
-        known[f.name] = tuple(value) if isinstance(value, list) else value
+        known[f.name] = value
 
     for name, value in given.items():
         was = options.shown(known.get(name, "another"))
@@ -59,10 +62,9 @@ def trained_config(path: Path, trained: Mapping[str, Any], given: Mapping[str, A
             option = f"{options.spelling(name)} {options.shown(value)}"
             raise UserError(f"{option}: {path} was trained with {was}")
 
-    values = {**known, **given}
-    if "centres" in values:
-        values["centres"] = tuple(values["centres"])
-    return Config(**values)
+    # An option that it does not know of yet has the value that its data set gives.
+    defaults = DATASETS.get(known.get("dataset"), {})
+    return Config(**options.with_tuples(Config, {**defaults, **known, **given}))
 
 
 def describe_origin(about: Mapping[str, Any]) -> str:

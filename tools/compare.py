@@ -10,7 +10,6 @@ seed alone are one group, and every two groups are compared. The statistics are 
 """
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -25,12 +24,12 @@ from support.errors import UserError, readable_errors
 from support.files import read_csv
 from support.options import flagged, new_parser
 from support.pictures import draw_comparison, save_figure
-from support.tables import aligned, markdown
+from support.runs import read_results
+from support.tables import SPLITS, aligned, markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SPLITS = {"in_test": "in-test", "out_test": "out-test"}  # name in files -> heading
 PAIRED = ("dice_s", "dice_l", "dice_n", "dice", "lesion_dice")  # that every image has for itself
 FEWEST_CLUSTERS = 10  # with fewer images, or volumes, bootstrap intervals are much too narrow
 FEWEST_PAIRS = 3  # of runs: fewer do not tell how much a seed matters
@@ -410,16 +409,16 @@ def read_run(folder: Path, checkpoint: str = "", batch_norm: str = "") -> Run:
                 "leave it out"
             )
 
+    results = read_results(folder)
     rows = read_csv(folder / "scores.csv", SCORE_COLUMNS)
     try:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         batch_norm = batch_norm or results["config"]["batch_norm"]
         runs = {}
         for name in results["checkpoints"]:
             runs[name] = as_run(folder, results, rows, name, batch_norm)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
-            f"{folder}: results.json or scores.csv is damaged, or of another version ({error!r})"
+            f"{folder}: results.json or scores.csv is of another version ({error!r})"
         ) from error
 
     if not checkpoint:
@@ -527,7 +526,7 @@ def report(sections: Sequence[Section], layout: Callable[[list], str] = aligned)
             f"{section.title}: mean ± standard deviation over runs; n: images, or lesions for "
             "recall, of a run"
         )
-        tables = [summary_rows(section, split) for split in SPLITS]
+        tables = [summary_rows(section, split) for split in splits_of(section)]
         blocks += [layout(rows) for rows in tables]
         for first, second in itertools.combinations(section.groups, 2):
             blocks.append(describe_pairs(section, first, second))
@@ -538,6 +537,12 @@ def report(sections: Sequence[Section], layout: Callable[[list], str] = aligned)
     if any(section.differences for section in sections):
         blocks.append(NOTE)
     return "\n\n".join(blocks)
+
+
+def splits_of(section: Section) -> list[str]:
+    """The splits in which anything was tested: without a held-out centre there is no out-test."""
+    tested = {split for (split, _, _), summary in section.summaries.items() if summary.runs}
+    return [split for split in SPLITS if split in tested]
 
 
 def summary_rows(section: Section, split: str) -> list[list[str]]:
@@ -579,7 +584,7 @@ def difference_rows(section: Section, first: str, second: str) -> list[list[str]
     """A row for each split and measure, with the difference, its intervals, and what is in it."""
     intervals = ["over images", "over images and seeds"]
     rows = [["95 % intervals", "difference", *intervals, "images", "pairs of runs"]]
-    for split, measure in itertools.product(SPLITS, PAIRED):
+    for split, measure in itertools.product(splits_of(section), PAIRED):
         found = section.differences[first, second, split, measure]
         if found.images:
             rows.append([f"{MEASURES[measure]}, {SPLITS[split]}", *difference_cells(found)])

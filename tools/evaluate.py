@@ -20,28 +20,25 @@ from pathlib import Path
 
 import numpy as np
 
-import data
 import fedgs
 import metrics
 from support import options, runs, tables
 from support.errors import UserError, readable_errors
 from tools.common import DESCRIBES, describe_origin, open_checkpoint
 
-WHERE = ("data_root", "cache", "centres", "out_centre", "split", "fold", "tau")
+WHERE = ("data_root", "cache", "centres", "out_centre", "lesion", "split", "fold", "tau")
 SURFACES = {"nsd": "NSD", "hd95": "HD95"}  # name in files -> heading
 
 
-def measure_surfaces(
-    test: fedgs.CentreTest, spacings: Sequence[tuple[float, float]], tolerance: float
-) -> np.ndarray:
+def measure_surfaces(test: fedgs.CentreTest, tolerance: float) -> np.ndarray:
     """NSD and HD95 of every image of a centre's test. -> (N, 2) float64, NaN where there is none
 
-    spacings: the distance of the pixels of each image, in the unit of the tolerance.
+    The tolerance is in the unit of the images' spacing.
     """
     predicted = test.evaluation.predicted[:, 0].numpy()
     truth = test.images.masks[:, 0].bool().numpy()
     measured = np.full((len(truth), 2), math.nan)
-    for i, spacing in enumerate(spacings):
+    for i, spacing in enumerate(test.images.spacing.tolist()):
         pair = metrics.surface_measures(predicted[i], truth[i], spacing, tolerance)
         measured[i] = pair
     return measured
@@ -58,17 +55,14 @@ def means_over_images(measured: np.ndarray) -> dict[str, dict]:
     return means
 
 
-def add_surfaces(
-    tests: Sequence[fedgs.CentreTest], summary: dict, config: fedgs.Config, tolerance: float
-) -> None:
+def add_surfaces(tests: Sequence[fedgs.CentreTest], summary: dict, tolerance: float) -> None:
     """Measure boundaries, and add them to the rows of scores.csv and the summary of the splits."""
-    for batch_norm, split in itertools.product(fedgs.STATISTICS, ("in_test", "out_test")):
-        of_split = []
+    for batch_norm, split in itertools.product(fedgs.STATISTICS, tables.SPLITS):
+        of_split = [np.empty((0, len(SURFACES)))]
         for test in tests:
             if (test.batch_norm, test.split) != (batch_norm, split):
                 continue
-            spacings = data.pixel_spacings(test.images, config.data_root, config.cache)
-            measured = measure_surfaces(test, spacings, tolerance)
+            measured = measure_surfaces(test, tolerance)
             of_split.append(measured)
             for row, (nsd, hd95) in zip(test.scores, measured.tolist(), strict=True):
                 row["nsd"] = nsd
@@ -76,13 +70,14 @@ def add_surfaces(
         summary[batch_norm][split].update(means_over_images(np.concatenate(of_split)))
 
 
-def surfaces_table(name: str, summary: dict, dataset: str, tolerance: float) -> str:
-    """What was measured of boundaries, as text."""
-    unit = "mm" if dataset == "lits" else "pixels of the network's image"
-    rows = [[f"{name}, boundaries", "in-test", "out-test"]]
+def surfaces_table(name: str, summary: dict, images: str, tolerance: float) -> str:
+    """What was measured of boundaries, as text. images: what they are, as in Config"""
+    unit = "mm" if images == "slices" else "pixels of the network's image"
+    splits = [split for split in tables.SPLITS if summary["averaged"][split]["dice"]["n"]]
+    rows = [[f"{name}, boundaries", *(tables.SPLITS[split] for split in splits)]]
     for batch_norm, (measure, heading) in itertools.product(fedgs.STATISTICS, SURFACES.items()):
         found = summary[batch_norm]
-        cells = [tables.cell(found[split][measure]) for split in ("in_test", "out_test")]
+        cells = [tables.cell(found[split][measure]) for split in splits]
         rows.append([f"{heading}, {batch_norm} statistics", *cells])
     return f"{tables.aligned(rows)}\nNSD: within {tolerance:g} {unit}; HD95 in {unit}"
 
@@ -108,8 +103,8 @@ def evaluate(checkpoint: Path, given: dict, out: Path | None, tolerance: float |
     heading = f"{checkpoint.name}: {runs.title(config, federation)}"
     print(f"\n{heading}\n{tables.results_tables({checkpoint.stem: summary})}")
     if tolerance is not None:
-        add_surfaces(tests, summary, config, tolerance)
-        print("\n" + surfaces_table(checkpoint.stem, summary, config.dataset, tolerance))
+        add_surfaces(tests, summary, tolerance)
+        print("\n" + surfaces_table(checkpoint.stem, summary, config.images, tolerance))
 
     results = runs.describe_results(config, federation, {checkpoint.stem: summary})
     if out:

@@ -1,13 +1,13 @@
-"""Masks for images and CT volumes of your own.
+"""Masks for images and volumes of your own.
 
     python -m tools.predict --checkpoint best.pt --out masks scan.jpg frames/
     python -m tools.predict --checkpoint lits.pt --out masks volume-*.nii.gz
     python -m tools.predict --checkpoint published.pt --dataset polypgen --model sd-utnet --out …
 
-An image leaves NAME_mask.png (0 or 255) and NAME_overlay.png at its own size, a CT volume
-NAME_mask.nii.gz with its own shape, affine and spacing. Of a folder, all images or volumes directly
-in it are taken, except masks. Nothing is overwritten, and a file that cannot be read does not keep
-the others from being segmented.
+An image leaves NAME_mask.png (0 or 255) and NAME_overlay.png at its own size, turned as a viewer
+shows it; a volume NAME_mask.nii.gz with its own shape, affine and spacing. Of a folder, all images
+or volumes directly in it are taken, except masks. Nothing is overwritten, and a file that cannot be
+read does not keep the others from being segmented.
 """
 
 import functools
@@ -23,50 +23,50 @@ from PIL import Image, ImageColor, ImageDraw, PngImagePlugin
 from scipy import ndimage
 from tqdm import tqdm
 
-from data import open_image
+import data
 from fedgs import Config, predict
 from support import options, pictures, runs, volumes
 from support.errors import UserError, readable_errors
 from support.files import replacing
+from support.pixels import open_image
 from tools.common import DESCRIBES, describe_origin, open_checkpoint
 
-READS = {  # data set -> suffixes of what a network for it reads
-    "polypgen": (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"),
-    "lits": (".nii", ".nii.gz"),
-}
-RESULTS = {"polypgen": ("_mask.png", "_overlay.png"), "lits": ("_mask.nii.gz",)}
+# What a network for images, and one for slices, reads and leaves: suffixes.
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+VOLUMES = (".nii", ".nii.gz")
+IMAGE_RESULTS = ("_mask.png", "_overlay.png")
+VOLUME_RESULTS = ("_mask.nii.gz",)
 MASKS = re.compile(r"segmentation-.*|.*_(mask|overlay)\..*")  # truths and earlier results
 COLOUR = np.array(ImageColor.getrgb(pictures.SKY))  # of predictions, as in the other pictures
 
 Predict = Callable[[torch.Tensor, tuple[int, int]], torch.Tensor]
 
 
-def find_inputs(paths: Sequence[str], dataset: str) -> dict[str, Path]:
+def find_inputs(paths: Sequence[str], kind: str) -> dict[str, Path]:
     """Files to segment, and in place of a folder those in it. -> {name of the results: path}
 
-    Raises UserError for what is not there, is of a kind that a network for this data set does not
-    read, or would have the same results as another file.
+    kind: of images that a network is for, as in Config. Raises UserError for what is not there, is
+    of a kind that it does not read, or would have the same results as another file.
     """
-    reads = ", ".join(READS[dataset])
+    known = suffixes(kind)
+    reads = f"a network for {'volumes' if kind == 'slices' else 'images'} reads {', '.join(known)}"
     files = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = files_in(path, dataset)
+            inside = files_in(path, known)
             if not inside:
-                raise UserError(
-                    f"{path} holds none of {reads}, which a network for {dataset} reads"
-                )
+                raise UserError(f"{path} holds nothing to segment: {reads}")
             files.extend(inside)
         elif not path.exists():
             raise UserError(f"{path}: no such file")
-        elif not suffix(path, dataset):
-            raise UserError(f"{path}: a network for {dataset} reads {reads}")
+        elif not suffix(path, known):
+            raise UserError(f"{path}: {reads}")
         else:
             files.append(path)
 
     named = {}
     for path in files:
-        name = path.name.removesuffix(suffix(path, dataset))
+        name = path.name.removesuffix(suffix(path, known))
         if named.get(name, path) != path:
             raise UserError(
                 f"{named[name]} and {path} would have the same results: give them other names, or "
@@ -76,33 +76,41 @@ def find_inputs(paths: Sequence[str], dataset: str) -> dict[str, Path]:
     return named
 
 
-def files_in(folder: Path, dataset: str) -> list[Path]:
-    """What a network for this data set reads, directly in a folder, but for masks."""
+def suffixes(kind: str) -> tuple[str, ...]:
+    """Those of files that a network for this kind of images reads."""
+    return VOLUMES if kind == "slices" else IMAGES
+
+
+def files_in(folder: Path, known: Sequence[str]) -> list[Path]:
+    """Files with one of these suffixes directly in a folder, but for masks."""
     files = [item for item in sorted(folder.iterdir()) if item.is_file()]
-    readable = [item for item in files if suffix(item, dataset)]
+    readable = [item for item in files if suffix(item, known)]
     return [item for item in readable if not MASKS.fullmatch(item.name)]
 
 
-def suffix(path: Path, dataset: str) -> str:
-    """The suffix of a file that a network for this data set reads; empty for another file."""
-    for known in READS[dataset]:
-        if path.name.lower().endswith(known):
-            return path.name[-len(known) :]
+def suffix(path: Path, known: Sequence[str]) -> str:
+    """Which of these suffixes a file has, as it is spelt there; empty for another file."""
+    for ending in known:
+        if path.name.lower().endswith(ending):
+            return path.name[-len(ending) :]
     return ""
 
 
 def segment_files(
-    predict: Predict, inputs: dict[str, Path], folder: Path, dataset: str, size: int, source: str
+    predict: Predict, inputs: dict[str, Path], folder: Path, reading: data.Reading, source: str
 ) -> list[str]:
     """Segment one file after another. -> messages of those that could not be read
 
     predict: images (N, C, size, size) uint8 and (height, width) -> masks (N, 1, height, width)
-    bool; inputs: see `find_inputs`; source: what the network was trained on, which is written into
-    every file. Raises UserError, before anything is written, where results are there already.
+    bool; inputs: see `find_inputs`; reading: how the network's images are read; source: what it was
+    trained on, which is written into every file. Raises UserError, before anything is written,
+    where results are there already.
     """
+    of_volumes = reading.kind == "slices"
     targets = {}
     for name in inputs:
-        targets[name] = [folder / f"{name}{ending}" for ending in RESULTS[dataset]]
+        endings = VOLUME_RESULTS if of_volumes else IMAGE_RESULTS
+        targets[name] = [folder / f"{name}{ending}" for ending in endings]
         for path in targets[name]:
             if path.exists():
                 raise UserError(f"{path} is there already: choose another --out")
@@ -112,12 +120,12 @@ def segment_files(
         for name, path in bar:
             bar.set_description(name)
             try:
-                if dataset == "lits":
+                if of_volumes:
                     [mask_path] = targets[name]
-                    found = segment_volume(predict, path, mask_path, size, source)
+                    found = segment_volume(predict, path, mask_path, reading, source)
                 else:
                     mask_path, overlay_path = targets[name]
-                    found = segment_image(predict, path, mask_path, overlay_path, size, source)
+                    found = segment_image(predict, path, mask_path, overlay_path, reading, source)
             except UserError as error:
                 failures.append(str(error))
                 continue
@@ -129,16 +137,22 @@ def segment_files(
 
 
 def segment_image(
-    predict: Predict, path: Path, mask_path: Path, overlay_path: Path, size: int, source: str
+    predict: Predict,
+    path: Path,
+    mask_path: Path,
+    overlay_path: Path,
+    reading: data.Reading,
+    source: str,
 ) -> str:
     """One image: its mask, 0 or 255, and the mask drawn over it. -> what was found"""
-    image = open_image(path, "RGB")
+    image = open_image(path, reading.mode, reading.window)
+    size = reading.size
     pixels = np.array(image.resize((size, size), Image.Resampling.BILINEAR))
-    batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    batch = torch.from_numpy(pixels.reshape(size, size, -1)).permute(2, 0, 1)[None]
     mask = predict(batch, (image.height, image.width))[0, 0].numpy()
 
     save_png(mask_path, Image.fromarray(mask).convert("L"), source)
-    save_png(overlay_path, overlay(image, mask, source), source)
+    save_png(overlay_path, overlay(image.convert("RGB"), mask, source), source)
 
     count = ndimage.label(mask, np.ones((3, 3)))[1]
     if not count:
@@ -169,17 +183,20 @@ def overlay(image: Image.Image, mask: np.ndarray, source: str) -> Image.Image:
     return drawn
 
 
-# ------------------------------------------------------------------------------------- a CT volume
+# --------------------------------------------------------------------------------------- a volume
 
 
-def segment_volume(predict: Predict, path: Path, mask_path: Path, size: int, source: str) -> str:
-    """One CT volume: a mask, 0 or 1, with its shape, affine and spacing. -> what was found
+def segment_volume(
+    predict: Predict, path: Path, mask_path: Path, reading: data.Reading, source: str
+) -> str:
+    """One volume: a mask, 0 or 1, with its shape, affine and spacing. -> what was found
 
     Slices run along the third axis, as in LiTS. Sixteen of them are in memory at a time: the mask
     is written as it grows.
     """
     volume = volumes.open_volume(path)
     volumes.check_whole(path, volume)
+    levels = reading.window or volumes.own_levels(volume, path)
     height, width, depth = volume.shape
     pixels = 0
     with_lesion = 0
@@ -188,8 +205,9 @@ def segment_volume(predict: Predict, path: Path, mask_path: Path, size: int, sou
         mask_header(volume.header, source).write_to(file)
         blocks = range(0, depth, volumes.BLOCK)
         for start in tqdm(blocks, desc=path.name, unit="block", leave=False, disable=None):
-            hu = volumes.read_block(volume, path, start)
-            slices = [volumes.to_size(grey, size) for grey in volumes.window(hu, path)]
+            values = volumes.read_block(volume, path, start)
+            greys = volumes.window(values, path, levels)
+            slices = [volumes.to_size(grey, reading.size) for grey in greys]
             batch = torch.from_numpy(np.stack(slices)).permute(0, 3, 1, 2)
             masks = predict(batch, (height, width))[:, 0].numpy()
 
@@ -235,14 +253,15 @@ def main(arguments: list[str] | None = None) -> None:
         checkpoint = given.pop("checkpoint")
         out = given.pop("out")
         network, config, about = open_checkpoint(checkpoint, given)
-        inputs = find_inputs(paths, config.dataset)
+        inputs = find_inputs(paths, config.images)
 
         origin = describe_origin(about)
         size = config.image_size
+        reading = data.Reading(config.images, config.window, size, config.tau)
         print(f"{checkpoint}: {runs.run_name(config)}, {origin}, {size}x{size}", flush=True)
         of_network = functools.partial(predict, network)
         source = f"FedGS, {origin}"
-        failures = segment_files(of_network, inputs, out, config.dataset, size, source)
+        failures = segment_files(of_network, inputs, out, reading, source)
         if failures:
             done = len(inputs) - len(failures)
             message = "; ".join(failures)
