@@ -699,7 +699,7 @@ def time_parts(training: Training, images: data.Images) -> dict[str, float]:
     """
     config, flat, kernels, _ = training
     theta, grad = flat.parameters, flat.grad
-    m, v, step, update = flat.progress
+    _, m, v, step, update = flat.progress
     generator = torch.Generator().manual_seed(0)
     clock = new_clock(theta.device)
     flat.network.train()

@@ -1015,14 +1015,8 @@ def test_results_are_the_means_of_the_scores(finished):
     results = json.loads((finished / "results.json").read_text())
     for name, batch_norm in itertools.product(("best", "best_small"), fedgs.STATISTICS):
         for split in ("in_test", "out_test"):
-            chosen = []
-            for row in scores:
-                if [row[x] for x in ("checkpoint", "batch_norm", "split")] == [
-                    name,
-                    batch_norm,
-                    split,
-                ]:
-                    chosen.append(row)
+            wanted = {"checkpoint": name, "batch_norm": batch_norm, "split": split}
+            chosen = [row for row in scores if wanted.items() <= row.items()]
             lesion = [row for row in chosen if row["inverse_area"] != "inf"]
             kinds = {
                 "dice": chosen,
