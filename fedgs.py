@@ -36,7 +36,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -264,6 +264,7 @@ class State(NamedTuple):
     parameters: Tensor  # theta, (P,) float32
     buffers: Tensor  # means and variances of batch norm, float32
     counters: Tensor  # its numbers of batches, int64
+    own: dict[str, Tensor]  # FedBN: {client: its own scales and shifts of batch norm, (Q,)}
 
 
 class Progress(NamedTuple):
@@ -279,9 +280,10 @@ class Progress(NamedTuple):
 class FlatNetwork:
     """A network whose tensors are views of three vectors, so that one operation reaches them all.
 
-    parameters, grad (P,) float32; buffers and counters as in State; progress: of whichever client
-    is training. Index tables (integer buffers with a shape) are constants: they stay out, so that
-    averaging cannot damage them.
+    parameters, grad (P,) float32; affine (Q,) int64: where batch norm's scales and shifts are in
+    them; buffers and counters as in State; progress: of whichever client is training. Index tables
+    (integer buffers with a shape) are constants: they stay out, so that averaging cannot damage
+    them.
     """
 
     def __init__(self, network: nn.Module):
@@ -297,6 +299,7 @@ class FlatNetwork:
             parameter.data = value
             parameter.grad = grad
 
+        self.affine = affine_places(network)
         self.buffers = self._join(is_statistic)
         self.counters = self._join(is_counter)
 
@@ -329,9 +332,11 @@ class FlatNetwork:
         self.buffers.copy_(state.buffers)
         self.counters.copy_(state.counters)
 
-    def state(self) -> State:
-        """A copy of the network's state."""
-        return State(self.parameters.clone(), self.buffers.clone(), self.counters.clone())
+    def state(self, own: Mapping[str, Tensor] | None = None) -> State:
+        """A copy of the network's state, beside what clients have of their own."""
+        return State(
+            self.parameters.clone(), self.buffers.clone(), self.counters.clone(), dict(own or {})
+        )
 
 
 def is_statistic(buffer: Tensor) -> bool:
@@ -340,6 +345,17 @@ def is_statistic(buffer: Tensor) -> bool:
 
 def is_counter(buffer: Tensor) -> bool:
     return not buffer.is_floating_point() and buffer.ndim == 0
+
+
+def affine_places(network: nn.Module) -> Tensor:
+    """Where batch norm's scales and shifts are in the vector of parameters. (Q,) int64"""
+    affine = set()
+    for module in network.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            affine.update(module.parameters(recurse=False))
+
+    marks = [torch.full((x.numel(),), x in affine) for x in network.parameters()]
+    return torch.cat(marks).nonzero().squeeze(1).to(next(network.parameters()).device)
 
 
 def views(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -384,6 +400,7 @@ class Update:
     buffers: Tensor
     counters: Tensor
     log: ClientLog
+    own: dict[str, Tensor] = field(default_factory=dict)  # as in State, this client's
     share: float = 1.0  # sum of w_j over the clients of this round: less where one is missing
 
 
@@ -444,8 +461,14 @@ def train_client(
     else:
         update = state.parameters - flat.parameters
 
+    # FedBN's clients keep batch norm for themselves (Li et al., ICLR 2021). This simulation keeps
+    # it for them in the server's state, so that any process can train any client.
+    own = {}
+    if config.method == "fedbn":
+        own[images.centre] = flat.parameters[flat.affine]
+
     log = client_log(images, steps, dict(zip(measured, (totals / steps).tolist(), strict=True)))
-    return Update(images.centre, update, flat.buffers.clone(), flat.counters.clone(), log)
+    return Update(images.centre, update, flat.buffers.clone(), flat.counters.clone(), log, own)
 
 
 def training_step(
@@ -676,7 +699,7 @@ class LocalClients:
         for images in self.train_images:
             yield train_client(
                 self.flat,
-                state,
+                state_of(state, images.centre, self.flat.affine),
                 images,
                 self.config,
                 round_,
@@ -689,7 +712,7 @@ class LocalClients:
         """{client: sums and counts over its validation images}, see metrics.tally."""
         tallies = {}
         for client, images in self.federation.validation.items():
-            self._use(state, self.config.batch_norm, self.federation.train[client])
+            self._use(state, client, self.config.batch_norm, self.federation.train[client])
             tallies[client] = evaluate(self.flat.network, images).tally
         return tallies
 
@@ -711,18 +734,30 @@ class LocalClients:
     ) -> Iterator[CentreTest]:
         source = self.federation.source
         for batch_norm in STATISTICS:
-            self._use(state, batch_norm, own)
+            self._use(state, images.centre, batch_norm, own)
             evaluation = evaluate(self.flat.network, images)
             scores = tables.score_rows(split, batch_norm, images, evaluation, source)
             yield CentreTest(
                 images.centre, split, batch_norm, evaluation.tally, scores, images, evaluation
             )
 
-    def _use(self, state: State, batch_norm: str, own: data.Images) -> None:
-        """Load a state as a centre with these images uses it."""
-        self.flat.load(state)
+    def _use(self, state: State, centre: str, batch_norm: str, own: data.Images) -> None:
+        """Load a state as this centre, with these images, uses it."""
+        self.flat.load(state_of(state, centre, self.flat.affine))
         if batch_norm == "local" and len(own):
             adapt(self.flat.network, own.images)
+
+
+def state_of(state: State, centre: str, affine: Tensor) -> State:
+    """The server's state as one centre has it, with batch norm's parameters of its own (FedBN).
+
+    affine: their places among the parameters. A centre that has none yet, as one that is held out,
+    takes the server's, which are means over the clients.
+    """
+    if centre not in state.own:
+        return state
+    parameters = state.parameters.index_copy(0, affine, state.own[centre])
+    return state._replace(parameters=parameters)
 
 
 # ------------------------------------------------------------------------------------------ server
@@ -787,6 +822,7 @@ class Server:
         counters = torch.zeros_like(self.state.counters, dtype=torch.float64)
         logs = []
         refused = []
+        own = dict(self.state.own)
 
         for group in in_groups(updates, self.GROUP):
             # velocity <- velocity + sum_k w_k Delta_k, where the w_k of those who report sum to 1
@@ -805,6 +841,7 @@ class Server:
             fine = (finite & buffers_finite).tolist()
             for update, norm, is_fine in zip(group, norms, fine, strict=True):
                 update.log.update_norm = norm
+                own.update(update.own)
                 logs.append(update.log)
                 if not (is_fine and math.isfinite(update.log.loss)):
                     refused.append(update.client)
@@ -823,7 +860,7 @@ class Server:
             self._refuse("the server's step", "--server-lr or --server-momentum")
 
         counters = counters.round().to(self.state.counters.dtype)
-        self.state = State(theta, buffers, counters)
+        self.state = State(theta, buffers, counters, own)
         self.velocity = velocity
         self.round += 1
         return logs
@@ -940,7 +977,7 @@ def train(
             # The round is over with resume.pt, from which its other files follow.
             clients.flat.load(server.state)
             about = runs.describe_weights(config, federation.source, round_, __version__)
-            weights = checkpoints.with_about(network, about)
+            weights = checkpoints.with_about(network, about, server.state.own)
             folder.save_round(server, weights, history, validation)
 
             bar.set_description(f"round {round_}/{config.rounds}")
@@ -970,8 +1007,7 @@ def test(
 
         # Often both checkpoints are of the same round, and one test is enough.
         if round_ not in tests_of:
-            checkpoints.load(clients.flat.network, weights, path)
-            state = clients.flat.state()
+            state = checkpoints.load_state(clients.flat, weights, path)
             tests_of[round_] = list(clients.test(state))
             clients.flat.load(state)  # without the statistics of the last centre
         if not figures:
@@ -1097,6 +1133,7 @@ PRESETS = {
     "paper": {},
     "quick": {"rounds": 7, "local_epochs": 1, "lr": 1e-3, "image_size": 80, "width": 8},
 }
+METHODS = {"fedbn": {"batch_norm": "local"}}  # it keeps nothing of batch norm at the server
 SHOWN_DEFAULTS = {"lits": DATASETS["lits"], "quick": PRESETS["quick"]}  # by --help, beside Config's
 
 
@@ -1116,8 +1153,9 @@ def configure(given: Mapping[str, Any]) -> tuple[Config, str]:
         preset = "paper" if real and gpu else "quick"
         why = f"{'real' if real else 'no real'} data and {'a' if gpu else 'no'} GPU"
 
-    # What was given overrides the preset, and that the data set's own values.
-    values = {**of_dataset, **PRESETS[preset], **given}
+    # What was given overrides the method's values, those the preset's, and those the data set's.
+    of_method = METHODS.get(given.get("method"), {})
+    values = {**of_dataset, **PRESETS[preset], **of_method, **given}
     values["preset"] = preset
     return Config(**options.with_tuples(Config, values)), why
 

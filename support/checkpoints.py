@@ -12,7 +12,9 @@ import os
 import pickle
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -66,16 +68,19 @@ def check_content(content: bytes) -> None:
                 raise ValueError(f"{name} is not what was written, by its CRC-32")
 
 
-def with_about(network: nn.Module, about: dict) -> dict[str, Tensor]:
+def with_about(
+    network: nn.Module, about: dict, own: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """A copy of the network's state dict that carries facts, plain values, with it.
 
-    They travel in the attribute `_metadata` that torch gives its state dicts, so that the names
-    in it stay the published ones.
+    own: what clients have of their own, see fedgs.State. It travels like the facts in the attribute
+    `_metadata` that torch gives its state dicts, so that the names in it stay the published ones.
     """
     state = network.state_dict()
     for name, tensor in state.items():
         state[name] = tensor.to("cpu", copy=True)
-    state._metadata[ABOUT] = about
+    kept = {client: tensor.to("cpu", copy=True) for client, tensor in (own or {}).items()}
+    state._metadata[ABOUT] = {**about, "own": kept}
     return state
 
 
@@ -154,3 +159,24 @@ def load(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path} does not fit this network: {reason}") from error
+
+
+def load_state(flat: Any, weights: dict[str, Tensor], path: Path) -> Any:
+    """Load weights that were read from path into a fedgs.FlatNetwork. -> fedgs.State
+
+    Raises UserError for another network's, and where what clients have of their own is damaged.
+    """
+    load(flat.network, weights, path)
+    return flat.state(own_of(read_about(weights), flat, path))
+
+
+def own_of(about: dict, flat: Any, path: Path) -> dict[str, Tensor]:
+    """What clients have of their own (see fedgs.State), from what travels with a checkpoint."""
+    own = about.get("own", {})
+    try:
+        for tensor in own.values():
+            if tensor.shape != flat.affine.shape or not tensor.isfinite().all():
+                raise ValueError("it does not fit, or is not finite")
+        return {client: tensor.to(flat.parameters) for client, tensor in own.items()}
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: a client's own batch norm is damaged ({error})") from error

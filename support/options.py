@@ -31,8 +31,11 @@ WINDOW_HELP = (
 )
 OUT_CENTRE_HELP = 'the one of them that is held out for testing; "" for none'
 PRESET_HELP = "values for other options; auto: paper with real data and a GPU, else quick"
-METHODS = ("fedgs", "fedavg", "fedprox")
-METHOD_HELP = "fedgs, or one of the baselines fedavg and fedprox"
+METHODS = ("fedgs", "fedavg", "fedprox", "fedbn")
+METHOD_HELP = (
+    "fedgs, or a baseline: fedavg; fedprox; fedbn, whose clients keep batch norm for themselves, "
+    "and with --scaling on are FedGS's in all else"
+)
 SCALING_HELP = (
     "clients report the sum of their steps, those on small lesions scaled up; auto: on for fedgs "
     "alone. fedgs with off sums them as they are, which the paper's tables call FedAvg"

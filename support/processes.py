@@ -176,7 +176,8 @@ def answer(channel: Channel, content: object) -> None:
 
 def state_on(device: torch.device, state: Any) -> Any:
     """The server's state on a device."""
-    return type(state)._make(x.to(device) for x in state)
+    *tensors, own = state
+    return type(state)(*(x.to(device) for x in tensors), all_on(device, own))
 
 
 def update_on(device: torch.device, update: Any) -> Any:
@@ -186,7 +187,13 @@ def update_on(device: torch.device, update: Any) -> Any:
         vector=update.vector.to(device),
         buffers=update.buffers.to(device),
         counters=update.counters.to(device),
+        own=all_on(device, update.own),
     )
+
+
+def all_on(device: torch.device, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors by name, on a device."""
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def without_images(test: Any) -> Any:

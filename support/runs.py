@@ -126,8 +126,7 @@ class Folder:
                 "rounds already"
             )
 
-        checkpoints.load(clients.flat.network, weights, path)
-        server.state = clients.flat.state()
+        server.state = checkpoints.load_state(clients.flat, weights, path)
         server.velocity = velocity
         server.round = len(history)
         self.best = best

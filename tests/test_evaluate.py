@@ -1,5 +1,6 @@
 """python -m tools.evaluate: the tables of a trained network, once more or on other images."""
 
+import itertools
 import json
 import math
 
@@ -148,17 +149,22 @@ def test_a_published_checkpoint_beside_a_run(test_again, finished, cache, tmp_pa
 
 
 def surfaces_by_hand(checkpoint, given, spacing_of, tolerance):
-    """{(split, centre, name): (NSD, HD95)} of all test images, and their evaluations in order."""
+    """{(split, batch_norm, centre, name): (NSD, HD95)} of all test images."""
     network, config, _ = open_checkpoint(checkpoint, given)
+    averaged = {name: x.clone() for name, x in network.state_dict().items()}
     federation = fedgs.load_data(config, config.centres)
     parts = [("in_test", images) for images in federation.in_test.values()]
+    parts.append(("out_test", federation.out_test))
     expected = {}
-    for split, images in [*parts, ("out_test", federation.out_test)]:
+    for (split, images), batch_norm in itertools.product(parts, ("averaged", "local")):
+        network.load_state_dict(averaged)
+        if batch_norm == "local":
+            fedgs.adapt(network, federation.train.get(images.centre, images).images)
         predicted = fedgs.evaluate(network, images).predicted[:, 0].numpy()
         truth = images.masks[:, 0].bool().numpy()
         for i, name in enumerate(images.names):
             pair = metrics.surface_measures(predicted[i], truth[i], spacing_of(name), tolerance)
-            expected[split, images.centre, name] = pair
+            expected[split, batch_norm, images.centre, name] = pair
     return expected
 
 
@@ -166,19 +172,21 @@ def assert_same_surfaces(folder, checkpoint, expected):
     """The rows of scores.csv and the means of results.json are these."""
     found = {}
     for row in rows(folder / "scores.csv"):
-        image = row["split"], row["centre"], row["name"]
+        image = row["split"], row["batch_norm"], row["centre"], row["name"]
         found[image] = float(row["nsd"]), float(row["hd95"])
     assert found.keys() == expected.keys()
     for image, pair in expected.items():
         assert found[image] == pytest.approx(pair, nan_ok=True), image
 
     results = results_in(folder)["checkpoints"][checkpoint]
-    for split in ("in_test", "out_test"):
-        pairs = np.array([pair for image, pair in expected.items() if image[0] == split])
+    for kind in itertools.product(("in_test", "out_test"), ("averaged", "local")):
+        split, batch_norm = kind
+        pairs = np.array([pair for image, pair in expected.items() if image[:2] == kind])
         for column, name in enumerate(("nsd", "hd95")):
             values = pairs[~np.isnan(pairs[:, column]), column]
-            assert results[split][name]["n"] == len(values)
-            assert results[split][name]["mean"] == pytest.approx(values.mean())
+            found = results[batch_norm][split][name]
+            assert found["n"] == len(values)
+            assert found["mean"] == pytest.approx(values.mean())
 
 
 @pytest.mark.slow
@@ -192,8 +200,8 @@ def test_boundaries_in_pixels_of_frames(test_again, finished, cache, tmp_path, c
     assert_same_surfaces(out, "best", expected)
 
     # The other measures are what they are without.
-    best = results_in(out)["checkpoints"]["best"]
-    own = results_in(finished)["checkpoints"]["best"]
+    best = results_in(out)["checkpoints"]["best"]["local"]
+    own = results_in(finished)["checkpoints"]["best"]["local"]
     assert {**best["in_test"], **own["in_test"]} == best["in_test"]
     assert compare.compare([out])
 
@@ -248,7 +256,7 @@ def test_boundaries_in_mm_of_ct(ct_root, tmp_path, capsys):
 
     given = {"data_root": str(ct_root), "centres": ["C1", "C2", "C5"]}
     expected = surfaces_by_hand(path, given, spacing_of, 2.5)
-    names = {name for _, _, name in expected}
+    names = {name for *_, name in expected}
     assert names > {"volume-120_slice-1", "volume-120_slice-2", "volume-121_slice-1"}
     assert any(math.isfinite(hd95) for _, hd95 in expected.values())
     assert_same_surfaces(out, "ct", expected)

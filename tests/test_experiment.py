@@ -103,7 +103,7 @@ def test_by_default_both_methods_with_three_seeds_in_runs(monkeypatch, tmp_path,
         (["--methods", "fedgs", "fedgs"], [0]),  # each once
         (["--methods", "fedprox", "fedavg"], [0, 1, 2]),
         (["--methods", "fedgs", "--control"], [0, 1, 2]),
-        (["--methods", "fedgs", "--unscaled"], [0, 1, 2]),
+        (["--methods", "fedgs", "unscaled"], [0, 1, 2]),
         (["--seeds", "4"], [4]),
     ],
 )
@@ -124,7 +124,7 @@ def test_every_method_can_be_one_of_them(start, tmp_path, monkeypatch, capsys):
 def test_unscaled_is_an_arm_beside_the_methods(start, tmp_path, monkeypatch, capsys):
     """What the paper's tables call FedAvg: each seed's FedGS without scaling, told by its label."""
     configs = without_training(monkeypatch)
-    options = ["--methods", "fedavg", "fedgs", "--unscaled", "--seeds", 0, 1, "--folds", 2]
+    options = ["--methods", "fedavg", "fedgs", "unscaled", "--seeds", 0, 1, "--folds", 2]
     refused(capsys, start(tmp_path, *options), "6 of 6 runs failed")
     arms = ("fedavg", "fedgs", "unscaled")
     expected = [tmp_path / name_of(arm, seed, 2) for seed in (0, 1) for arm in arms]
@@ -347,7 +347,7 @@ def test_no_control_of_the_run_without_scaling(start, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "run", lambda config, why: trained.append(config))
     monkeypatch.setattr(experiment, "control_of", lambda config, out: replace(config, label="c"))
     monkeypatch.setattr(compare, "compare", lambda folders: [])
-    options = ["--methods", "fedgs", "--unscaled", "--control", "--seeds", 0]
+    options = ["--methods", "fedgs", "unscaled", "--control", "--seeds", 0]
     assert start(tmp_path, *options) == 0
     assert [config.label for config in trained] == ["", "c", "unscaled"]
 

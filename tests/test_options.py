@@ -37,7 +37,7 @@ def test_every_field_is_an_option_with_help(capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--method", "fedprox"], ["--method", "fedprox", "fedavg"]),
+        (["--method", "fedsgd"], ["--method", "fedsgd", "fedavg"]),
         (["--no-such-option", "1"], ["--no-such-option", "--help"]),
         (["--round", "1"], ["--round"]),  # no abbreviations
         (["--rounds", "many"], ["--rounds", "many"]),
@@ -63,7 +63,10 @@ def test_flags():
     assert {"rounds", "device", "workers", "kernels", "out", "resume"} < free
     assert not free & {"method", "seed", "lr", "fold", "centres", "precision", "width", "tau"}
     assert options.flagged(Config, "path") == {"data_root", "cache", "out"}
-    assert options.flagged(Config, "place") == {"centres", "out_centre", "lesion", "precision"}
+    assert options.flagged(Config, "place") == {
+        *("centres", "out_centre", "lesion"),
+        *("batch_norm", "precision"),
+    }
 
 
 # ------------------------------------------------------------------------------------------ checks
@@ -155,7 +158,7 @@ def test_own_data_may_do_without_a_held_out_centre():
         ("lr", 1, True),
         ("lr", "1", False),
         ("method", "fedavg", True),
-        ("method", "fedprox", False),
+        ("method", "fedsgd", False),
         ("centres", ["C1", "C2"], True),
         ("centres", [1, 2], False),
         ("centres", "C1", False),

@@ -173,6 +173,7 @@ class Trained:
     buffers: list[Tensor]
     losses: list[float] = field(default_factory=list)
     etas: list[float] = field(default_factory=list)
+    network: nn.Module | None = None
 
 
 def vector(tensors) -> Tensor:
@@ -225,6 +226,7 @@ def train_by_hand(network: nn.Module, batches: list, config: Config) -> Trained:
     if averages(config):
         trained.update = start - vector(network.parameters())
     trained.buffers = list(network.buffers())
+    trained.network = network
     return trained
 
 
@@ -240,12 +242,25 @@ class ServerByHand:
         self.network = deepcopy(network).double()
         self.velocity = torch.zeros_like(vector(self.network.parameters()))
         self.config = config
+        self.norms = {}  # FedBN: {client: the scales and shifts that it has kept}
+
+    def network_of(self, client: str) -> nn.Module:
+        """The server's network, with batch norm of the client's own where it keeps that."""
+        network = deepcopy(self.network)
+        if client in self.norms:
+            scale, shift = self.norms[client]
+            network[0].weight.data = scale.clone()
+            network[0].bias.data = shift.clone()
+        return network
 
     def round(self, batches_of: dict[str, list], images_of: dict[str, int]) -> dict[str, Trained]:
         trained = {}
         shares = {}
         for client, batches in batches_of.items():
-            trained[client] = train_by_hand(self.network, batches, self.config)
+            trained[client] = train_by_hand(self.network_of(client), batches, self.config)
+            if self.config.method == "fedbn":
+                norm = trained[client].network[0]
+                self.norms[client] = norm.weight.data, norm.bias.data
             shares[client] = images_of[client] if averages(self.config) else len(batches)
         weights = {client: share / sum(shares.values()) for client, share in shares.items()}
 
@@ -339,6 +354,9 @@ def one_layer() -> nn.Module:
         {"method": "fedprox", "mu": 3.0},
         {"method": "fedprox", "mu": 3.0, "scaling": "on"},
         {"batch_norm": "local"},
+        {"method": "fedbn"},
+        {"method": "fedbn", "batch_norm": "local", "server_lr": 0.7},
+        {"method": "fedbn", "scaling": "on"},
     ],
 )
 def test_rounds_by_hand(options, kernels, monkeypatch):
@@ -377,6 +395,9 @@ def test_rounds_by_hand(options, kernels, monkeypatch):
         running = theirs[0]
         assert_close(server.state.buffers, vector([running.running_mean, running.running_var]))
         assert server.state.counters.tolist() == [running.num_batches_tracked]
+        assert list(server.state.own) == list(server_by_hand.norms)
+        for client, norm in server_by_hand.norms.items():
+            assert_close(server.state.own[client], vector(norm))
 
         # The same report.
         assert [log.client for log in logs] == ["C1", "C2"]
@@ -392,9 +413,9 @@ def test_rounds_by_hand(options, kernels, monkeypatch):
         # And the same scores, of the state that the next round starts from.
         expected = []
         for client, images in federation.validation.items():
-            used = theirs
+            used = server_by_hand.network_of(client)
             if config.batch_norm == "local":
-                used = adapted_by_hand(theirs, federation.train[client])
+                used = adapted_by_hand(used, federation.train[client])
             expected.extend(scores_by_hand(used, images))
         assert validation["dice"]["n"] == len(expected) == 7
         assert validation["dice"]["mean"] == pytest.approx(np.mean(expected), abs=1e-9)

@@ -461,10 +461,12 @@ def test_what_a_process_does_and_says_when_it_serves(tiny, monkeypatch):
     assert opened == [["C5"]]
     assert threads == [3]
 
-    [(_, facts), (_, [test])] = channel.told
+    [(_, facts), (_, tests)] = channel.told
     assert list(facts) == ["C5"]
-    assert (test.centre, test.images, test.evaluation) == ("C5", None, None)
-    assert test.scores
+    assert [test.batch_norm for test in tests] == ["averaged", "local"]
+    for test in tests:
+        assert (test.centre, test.images, test.evaluation) == ("C5", None, None)
+        assert test.scores
 
 
 def test_the_server_with_its_company(tiny, monkeypatch):
@@ -503,10 +505,11 @@ class Line(processes.Channel):
         return self.incoming.get(timeout=60)
 
 
-def test_rounds_by_messages_are_those_of_one_process(tiny, monkeypatch):
+@pytest.mark.parametrize("method", ["fedgs", "fedbn"])
+def test_rounds_by_messages_are_those_of_one_process(tiny, monkeypatch, method):
     """Training, validation and tests of clients that another thread serves, bit for bit."""
     small = {"image_size": 16, "batch_size": 8, "local_epochs": 1, "lr": 0.03}
-    config = replace(tiny, centres=("C3", "C4", "C5", "C6"), rounds=2, **small)
+    config = replace(tiny, method=method, centres=("C3", "C4", "C5", "C6"), rounds=2, **small)
     one_by_one = threading.Lock()  # initial weights are drawn from torch's global generator
 
     def open_local(config, centres):
@@ -537,7 +540,11 @@ def test_rounds_by_messages_are_those_of_one_process(tiny, monkeypatch):
         state, *others = outcome(clients)
 
     state_alone, *others_alone = outcome(open_local(config, config.centres))
-    assert all(torch.equal(a, b) for a, b in zip(state, state_alone, strict=True))
+    *vectors, own = state
+    *vectors_alone, own_alone = state_alone
+    assert all(torch.equal(a, b) for a, b in zip(vectors, vectors_alone, strict=True))
+    assert list(own) == list(own_alone) == (["C3", "C4", "C5"] if method == "fedbn" else [])
+    assert all(torch.equal(own[client], own_alone[client]) for client in own)
     assert others == others_alone
 
 
@@ -590,7 +597,7 @@ def test_the_others_are_told_to_end_while_they_can_be_reached(monkeypatch):
 def test_answers_come_in_client_order():
     """Whoever they come from, and in whatever order a process tells of its clients."""
     x = torch.zeros(1)
-    state = fedgs.State(x, x, x)
+    state = fedgs.State(x, x, x, {"C5": x})
     local = SimpleNamespace(
         flat=None,
         kernels=None,

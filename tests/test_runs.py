@@ -200,7 +200,7 @@ def test_a_run_goes_on_where_it_was(tmp_path):
     rounds = Rounds(tmp_path)
     assert [row["round"] for row in rounds.history] == [1, 2]
     assert rounds.server.round == 2
-    for vector in (*rounds.server.state, rounds.server.velocity):
+    for vector in (*rounds.server.state[:3], rounds.server.velocity):
         assert vector.unique().tolist() == [2]
 
     rounds.save(validation(0.5, 0.6))
@@ -408,18 +408,24 @@ def test_a_row_of_rounds():
 
 
 def test_tests_are_summarised_by_split_and_centre():
-    def test_of(centre, split, value):
+    def test_of(centre, split, value, batch_norm="averaged"):
         tally = torch.full((len(metrics.MEASURES), 2), float(value), dtype=torch.float64)
         tally[:, 1] = 4
-        return SimpleNamespace(centre=centre, split=split, tally=tally)
+        return SimpleNamespace(centre=centre, split=split, batch_norm=batch_norm, tally=tally)
 
     tests = [test_of("C1", "in_test", 4), test_of("C2", "in_test", 2), test_of("C6", "out_test", 1)]
+    tests.append(test_of("C1", "in_test", 3, "local"))
     summary = runs.summarise_tests(tests, 5)
+    assert list(summary) == ["round", "averaged", "local"]
     assert summary["round"] == 5
-    assert summary["in_test"]["dice"] == {"mean": 6 / 8, "n": 8}
-    assert summary["out_test"]["dice"] == {"mean": 0.25, "n": 4}
-    assert list(summary["in_test_by_centre"]) == ["C1", "C2"]
-    assert summary["in_test_by_centre"]["C2"]["dice"] == {"mean": 0.5, "n": 4}
+
+    averaged = summary["averaged"]
+    assert averaged["in_test"]["dice"] == {"mean": 6 / 8, "n": 8}
+    assert averaged["out_test"]["dice"] == {"mean": 0.25, "n": 4}
+    assert list(averaged["in_test_by_centre"]) == ["C1", "C2"]
+    assert averaged["in_test_by_centre"]["C2"]["dice"] == {"mean": 0.5, "n": 4}
+    assert summary["local"]["in_test"]["dice"] == {"mean": 3 / 4, "n": 4}
+    assert summary["local"]["out_test"]["dice"]["n"] == 0
 
 
 def test_changes_are_named(tmp_path):

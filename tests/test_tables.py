@@ -88,10 +88,11 @@ def test_rows_of_scores():
         small=small,
     )
     evaluation = metrics.score(predicted, truth, small)
-    rows = tables.score_rows("in_test", images, evaluation, "PolypGen stand-in")
+    rows = tables.score_rows("in_test", "local", images, evaluation, "PolypGen stand-in")
     assert rows == [
         {
             "split": "in_test",
+            "batch_norm": "local",
             "centre": "C4",
             "name": "a",
             "inverse_area": 16 / 5,
@@ -107,6 +108,7 @@ def test_rows_of_scores():
         },
         {
             "split": "in_test",
+            "batch_norm": "local",
             "centre": "C4",
             "name": "b",
             "inverse_area": math.inf,

@@ -22,7 +22,7 @@ import numpy as np
 
 import fedgs
 import metrics
-from support import options, runs, tables
+from support import checkpoints, options, runs, tables
 from support.errors import UserError, readable_errors
 from tools.common import DESCRIBES, describe_origin, open_checkpoint
 
@@ -97,8 +97,10 @@ def evaluate(checkpoint: Path, given: dict, out: Path | None, tolerance: float |
     if about and about["data"] != federation.source:
         federation.source += f" ({describe_origin(about)})"
 
-    clients = fedgs.LocalClients(fedgs.FlatNetwork(network), federation, config)
-    tests = list(clients.test(clients.flat.state()))
+    flat = fedgs.FlatNetwork(network)
+    clients = fedgs.LocalClients(flat, federation, config)
+    state = flat.state(checkpoints.own_of(about, flat, checkpoint))
+    tests = list(clients.test(state))
     summary = runs.summarise_tests(tests, about.get("round"))
     heading = f"{checkpoint.name}: {runs.title(config, federation)}"
     print(f"\n{heading}\n{tables.results_tables({checkpoint.stem: summary})}")

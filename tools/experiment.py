@@ -1,7 +1,7 @@
 """Methods x folds x seeds: one run after another, and their comparison.
 
-    python -m tools.experiment --methods fedavg fedprox fedgs
-    python -m tools.experiment --folds 1 2 3 4 5 --seeds 0 --control --unscaled --data-root DATA
+    python -m tools.experiment --methods fedavg fedprox fedbn fedgs
+    python -m tools.experiment --methods unscaled fedgs --control --folds 1 2 3 --data-root DATA
     python -m tools.experiment … --resume
 
 Takes every option of a training run (python fedgs.py --help). Each run has a folder of its own
@@ -11,8 +11,9 @@ a difference between two runs is often that of their seeds.
 
 --control adds the run that an honest comparison needs: FedGS lengthens the server's steps, too, so
 FedAvg is also trained with the server learning rate that equals the mean eta which the FedGS run
-of the same fold and seed measured. --unscaled adds what the paper's tables call FedAvg: FedGS
-whose steps all count the same.
+of the same fold and seed measured. Two methods are combinations of options: "unscaled", FedGS whose
+steps all count the same, is what the paper's tables call FedAvg; "fedbn+fedgs" is FedGS whose
+clients keep batch norm for themselves.
 """
 
 import argparse
@@ -32,42 +33,40 @@ from tools import compare
 
 AXES = ("method", "fold", "seed")  # options of a run of which this program takes several
 SEEDS = [0, 1, 2]  # as many pairs of runs as a comparison needs at the least
+COMBINED = {  # what is called a method here -> options of its runs
+    "unscaled": {"method": "fedgs", "scaling": "off", "label": "unscaled"},
+    "fedbn+fedgs": {"method": "fedbn", "scaling": "on", "label": "fedbn+fedgs"},
+}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line: options of a training run are attributes only where they were given."""
     parser = options.new_parser(__doc__, "python -m tools.experiment")
     add = parser.add_argument
-    methods = "default: fedavg fedgs"
-    add("--methods", nargs="+", choices=options.METHODS, metavar="METHOD", help=methods)
+    known = (*options.METHODS, *COMBINED)
+    methods = f"of {', '.join(known)}; default: fedavg fedgs"
+    add("--methods", nargs="+", choices=known, metavar="METHOD", help=methods)
     add("--folds", nargs="+", type=int, choices=range(1, 6), metavar="FOLD", help="default: 1")
     seeds = "default: 0 1 2 where methods are compared, else 0"
     add("--seeds", nargs="+", type=int, metavar="SEED", help=seeds)
     control = "train FedAvg with FedGS's mean eta as its server learning rate, too"
     add("--control", action="store_true", help=control)
-    unscaled = "train FedGS without scaling, too: what the paper's tables call FedAvg"
-    add("--unscaled", action="store_true", help=unscaled)
 
     names = [name for name in Config.__dataclass_fields__ if name not in (*AXES, "label")]
     options.add_options(parser, Config, names, SHOWN_DEFAULTS)
     return parser.parse_args(arguments)
 
 
-def plan(
-    given: dict[str, Any], axes: dict[str, list], unscaled: bool, out: Path
-) -> list[tuple[Config, str]]:
+def plan(given: dict[str, Any], axes: dict[str, list], out: Path) -> list[tuple[Config, str]]:
     """A configuration for each fold, seed and method, and why its preset.
 
-    unscaled: FedGS without scaling is one of the methods. Raises UserError, before anything begins,
-    for options that no run can use, and for folders that hold something else.
+    Raises UserError, before anything begins, for options that no run can use, and for folders that
+    hold something else.
     """
-    methods = [{"method": method} for method in axes["method"]]
-    if unscaled:
-        methods.append({"method": "fedgs", "scaling": "off", "label": "unscaled"})
-
     planned = []
-    for fold, seed, method in itertools.product(axes["fold"], axes["seed"], methods):
-        config, why = configure({**given, **method, "fold": fold, "seed": seed})
+    for fold, seed, method in itertools.product(axes["fold"], axes["seed"], axes["method"]):
+        of_method = COMBINED.get(method, {"method": method})
+        config, why = configure({**given, **of_method, "fold": fold, "seed": seed})
         config = settle(replace(config, out=str(out / runs.run_name(config))))
 
         folder = runs.Folder(config)
@@ -128,13 +127,13 @@ def train_unless_complete(config: Config, why: str, folder: runs.Folder) -> None
     run(config, why)
 
 
-def choose_axes(given: dict[str, Any], more_methods: bool) -> dict[str, list]:
+def choose_axes(given: dict[str, Any], control: bool) -> dict[str, list]:
     """Take methods, folds and seeds out of the options. -> their values, each once
 
-    more_methods: others are trained beside --methods.
+    control: FedGS's control is trained beside --methods.
     """
     methods = given.pop("methods", ["fedavg", "fedgs"])
-    several = more_methods or len(set(methods)) > 1
+    several = control or len(set(methods)) > 1
     values = {
         "method": methods,
         "fold": given.pop("folds", [Config.fold]),
@@ -147,14 +146,13 @@ def experiment(given: dict[str, Any]) -> None:
     """Everything from options by name to the comparison. Raises UserError for runs that failed."""
     out = Path(given.pop("out", "runs"))
     control = given.pop("control", False)
-    unscaled = given.pop("unscaled", False)
-    axes = choose_axes(given, control or unscaled)
+    axes = choose_axes(given, control)
     if control and "fedgs" not in axes["method"]:
         raise UserError(
             "--control needs a FedGS run to take its mean eta from: add it to --methods"
         )
 
-    planned = plan(given, axes, unscaled, out)
+    planned = plan(given, axes, out)
     finished, failures = run_all(planned, control, out)
 
     if finished:
