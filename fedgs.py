@@ -625,6 +625,8 @@ def adapt(network: nn.Module, images: Tensor) -> None:
     # Neighbours in a folder look alike, and a batch of them would vary less than the centre does:
     # each batch takes images from all over it.
     images = images[:: math.ceil(len(images) / 256)]
+    if len(images) == 1:
+        images = images.repeat(2, 1, 1, 1)  # where all is one value there is no variance to measure
     count = math.ceil(len(images) / 16)
     device = next(network.parameters()).device
     batches = (data.normalise(images[i::count].to(device)) for i in range(count))

@@ -595,6 +595,16 @@ def test_at_most_256_images_are_looked_at(flat, generator, monkeypatch):
     assert max(seen) <= 16
 
 
+def test_one_image_has_statistics(generator):
+    """Though at the network's bottom it is a single value a channel."""
+    network = fedgs.build_network(replace(CONFIG, image_size=16))
+    image = torch.randint(0, 255, (1, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    fedgs.adapt(network, image)
+    expected = data.normalise(image).mean(dim=(0, 2, 3))
+    assert network.inc[0].bn1.running_mean.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    assert all(x.isfinite().all() for x in network.state_dict().values())
+
+
 def test_each_centre_is_tested_with_both_statistics(flat, square_root):
     """Its own are those of its training images; the held-out centre has its test images alone."""
     config = replace(CONFIG, data_root=str(square_root), batch_size=4, centres=("C1", "C2", "C6"))

@@ -551,6 +551,58 @@ def test_real_volumes(tmp_path, ct_checkpoint):
 # ---------------------------------------------------------------------------- published checkpoints
 
 
+def test_adapted_to_the_images_that_are_segmented(tmp_path, checkpoint, capsys):
+    """Batch norm's statistics are measured on all of them, but for the one that is damaged."""
+    generator = np.random.default_rng(1)
+    for i in range(20):
+        pixels = generator.integers(0, 40 + 10 * i, (48, 40, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "30.png").write_bytes(b"no image")
+    arguments = [tmp_path, "--checkpoint", checkpoint, "--out", tmp_path / "out", "--adapt"]
+    refused(capsys, exit_code(predict.main, arguments), "30.png", "20 of 21 files")
+
+    network, config, _ = open_checkpoint(checkpoint, {})
+    paths = [tmp_path / f"{i:02}.png" for i in range(20)]
+    images = [predict.as_batch(Image.open(path), config.image_size) for path in paths]
+    fedgs.adapt(network, torch.cat(images))
+    for path, image in zip(paths, images, strict=True):
+        expected = fedgs.predict(network, image, (48, 40))[0, 0].numpy()
+        with Image.open(tmp_path / "out" / f"{path.stem}_mask.png") as mask:
+            assert np.array_equal(np.asarray(mask) > 0, expected)
+
+
+def test_what_it_says_of_statistics(tmp_path, checkpoint, capsys):
+    image = write_image(tmp_path / "one.png")
+    out = tmp_path / "out"
+    assert main(checkpoint, out, image, "--adapt") == 0
+    assert "statistics are those of 1 of these images, which are few" in capsys.readouterr().out
+
+    local = save_checkpoint(tmp_path / "local.pt", batch_norm="local")
+    assert main(local, tmp_path / "again", image) == 0
+    assert "chosen with each centre's own statistics: see --adapt" in capsys.readouterr().out
+
+    (tmp_path / "bad.png").write_bytes(b"")
+    assert main(checkpoint, tmp_path / "none", tmp_path / "bad.png", "--adapt") == 2
+    assert "nothing to adapt to could be read" in capsys.readouterr().out
+
+
+def test_the_samples_of_volumes_are_spread_over_them(tmp_path, monkeypatch):
+    """Slices k of a volume are of value k; every third of 38, whichever blocks they are in."""
+    values = np.arange(38) * 4 - 200
+    hu = np.broadcast_to(values, (16, 16, 38)).astype(np.int16)
+    for name in ("a", "b"):
+        nibabel.Nifti1Image(hu, np.eye(4)).to_filename(tmp_path / f"{name}.nii")
+    inputs = {name: tmp_path / f"{name}.nii" for name in ("a", "b")}
+    whole = predict.samples_of(inputs, reading("slices", 16))
+    assert whole.shape == (76, 1, 16, 16)
+
+    monkeypatch.setattr(predict, "ENOUGH", 26)
+    some = predict.samples_of(inputs, reading("slices", 16))
+    assert torch.equal(some, torch.cat([whole[:38:3], whole[38::3]]))
+    monkeypatch.setattr(predict, "ENOUGH", 1)
+    assert torch.equal(predict.samples_of(inputs, reading("slices", 16)), whole[:1])
+
+
 def test_a_bare_state_dict_by_option(tmp_path, capsys):
     torch.save(dict(UTNet(width=2).state_dict()), tmp_path / "published.pt")
     frame = write_image(tmp_path / "a.png")

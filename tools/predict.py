@@ -2,14 +2,19 @@
 
     python -m tools.predict --checkpoint best.pt --out masks scan.jpg frames/
     python -m tools.predict --checkpoint lits.pt --out masks volume-*.nii.gz
+    python -m tools.predict --checkpoint best.pt --out masks --adapt hospital/    # see below
     python -m tools.predict --checkpoint published.pt --dataset polypgen --model sd-utnet --out …
 
 An image leaves NAME_mask.png (0 or 255) and NAME_overlay.png at its own size, turned as a viewer
 shows it; a volume NAME_mask.nii.gz with its own shape, affine and spacing. Of a folder, all images
 or volumes directly in it are taken, except masks. Nothing is overwritten, and a file that cannot be
 read does not keep the others from being segmented.
+
+--adapt first measures batch norm's statistics on these very files, without labels. That makes sense
+for many images of one hospital: means over a handful of them are noise.
 """
 
+import contextlib
 import functools
 import gzip
 import re
@@ -24,7 +29,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 import data
-from fedgs import Config, predict
+from fedgs import Config, adapt, predict
 from support import options, pictures, runs, volumes
 from support.errors import UserError, readable_errors
 from support.files import replacing
@@ -40,6 +45,8 @@ MASKS = re.compile(r"segmentation-.*|.*_(mask|overlay)\..*")  # truths and earli
 COLOUR = np.array(ImageColor.getrgb(pictures.SKY))  # of predictions, as in the other pictures
 
 Predict = Callable[[torch.Tensor, tuple[int, int]], torch.Tensor]
+ENOUGH = 256  # images that `adapt` looks at
+FEW = 16  # that is one of its batches
 
 
 def find_inputs(paths: Sequence[str], kind: str) -> dict[str, Path]:
@@ -146,9 +153,7 @@ def segment_image(
 ) -> str:
     """One image: its mask, 0 or 255, and the mask drawn over it. -> what was found"""
     image = open_image(path, reading.mode, reading.window)
-    size = reading.size
-    pixels = np.array(image.resize((size, size), Image.Resampling.BILINEAR))
-    batch = torch.from_numpy(pixels.reshape(size, size, -1)).permute(2, 0, 1)[None]
+    batch = as_batch(image, reading.size)
     mask = predict(batch, (image.height, image.width))[0, 0].numpy()
 
     save_png(mask_path, Image.fromarray(mask).convert("L"), source)
@@ -158,6 +163,12 @@ def segment_image(
     if not count:
         return "no lesion"
     return f"{count} component{'s' if count > 1 else ''}, {mask.mean():.1%} of the image"
+
+
+def as_batch(image: Image.Image, size: int) -> torch.Tensor:
+    """An image as a network sees it, alone in its batch. -> (1, C, size, size) uint8"""
+    pixels = np.array(image.resize((size, size), Image.Resampling.BILINEAR))
+    return torch.from_numpy(pixels.reshape(size, size, -1)).permute(2, 0, 1)[None]
 
 
 def save_png(path: Path, picture: Image.Image, source: str) -> None:
@@ -205,10 +216,7 @@ def segment_volume(
         mask_header(volume.header, source).write_to(file)
         blocks = range(0, depth, volumes.BLOCK)
         for start in tqdm(blocks, desc=path.name, unit="block", leave=False, disable=None):
-            values = volumes.read_block(volume, path, start)
-            greys = volumes.window(values, path, levels)
-            slices = [volumes.to_size(grey, reading.size) for grey in greys]
-            batch = torch.from_numpy(np.stack(slices)).permute(0, 3, 1, 2)
+            batch = block_as_batch(volume, path, start, levels, reading.size)
             masks = predict(batch, (height, width))[:, 0].numpy()
 
             # NIfTI's first axis runs fastest.
@@ -221,6 +229,20 @@ def segment_volume(
         return "no lesion"
     voxel = float(np.prod(volume.header.get_zooms()[:3])) / 1000
     return f"lesion in {with_lesion} of {depth} slices, {pixels * voxel:.1f} ml"
+
+
+def block_as_batch(
+    volume: nibabel.spatialimages.SpatialImage,
+    path: Path,
+    start: int,
+    levels: Sequence[float],
+    size: int,
+) -> torch.Tensor:
+    """Slices of a volume, from this one on, as a network sees them. -> (N, 1, size, size) uint8"""
+    values = volumes.read_block(volume, path, start)
+    greys = volumes.window(values, path, levels)
+    slices = [volumes.to_size(grey, size) for grey in greys]
+    return torch.from_numpy(np.stack(slices)).permute(0, 3, 1, 2)
 
 
 def mask_header(header: nibabel.Nifti1Header, source: str) -> nibabel.Nifti1Header:
@@ -236,6 +258,52 @@ def mask_header(header: nibabel.Nifti1Header, source: str) -> nibabel.Nifti1Head
     return header
 
 
+# ----------------------------------------------------------------------------- batch norm's own
+
+
+def samples_of(inputs: dict[str, Path], reading: data.Reading) -> torch.Tensor:
+    """Images to measure batch norm's statistics on, evenly spaced. -> (N, C, size, size) uint8
+
+    A file that cannot be read is left out: its segmentation will say why.
+    """
+    paths = list(inputs.values())
+    paths = paths[:: -(-len(paths) // ENOUGH)]
+    of_each = -(-ENOUGH // len(paths))  # slices of a volume
+    samples = []
+    for path in tqdm(paths, desc="adapting", unit="file", leave=False, disable=None):
+        with contextlib.suppress(UserError):
+            if reading.kind == "slices":
+                samples.append(slices_of(path, of_each, reading))
+            else:
+                image = open_image(path, reading.mode, reading.window)
+                samples.append(as_batch(image, reading.size))
+    return torch.cat(samples) if samples else torch.empty(0)
+
+
+def slices_of(path: Path, count: int, reading: data.Reading) -> torch.Tensor:
+    """About `count` slices, evenly spaced over a volume. -> (N, 1, size, size) uint8"""
+    volume = volumes.open_volume(path)
+    volumes.check_whole(path, volume)
+    levels = reading.window or volumes.own_levels(volume, path)
+    step = -(-volume.shape[2] // count)
+    chosen = []
+    for start in range(0, volume.shape[2], volumes.BLOCK):
+        # A block begins wherever the last one ended, and the steps go on across it.
+        batch = block_as_batch(volume, path, start, levels, reading.size)
+        chosen.append(batch[-start % step :: step])
+    return torch.cat(chosen)
+
+
+def adapt_to(network: torch.nn.Module, inputs: dict[str, Path], reading: data.Reading) -> str:
+    """Give a network batch norm's statistics of these files. -> what to say of that"""
+    samples = samples_of(inputs, reading)
+    if not len(samples):
+        return "nothing to adapt to could be read"
+    adapt(network, samples)
+    few = ", which are few: compare with and without --adapt" if len(samples) < FEW else ""
+    return f"batch norm's statistics are those of {len(samples)} of these images{few}"
+
+
 # ------------------------------------------------------------------------------------ command line
 
 
@@ -246,12 +314,15 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument("paths", nargs="+", metavar="PATH", help="images, volumes, folders")
         parser.add_argument("--checkpoint", type=Path, required=True, help="a network's .pt file")
         parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+        help_ = "measure batch norm's statistics on these files"
+        parser.add_argument("--adapt", action="store_true", help=help_)
         options.add_options(parser, Config, DESCRIBES)
         given = vars(parser.parse_args(arguments))
 
         paths = given.pop("paths")
         checkpoint = given.pop("checkpoint")
         out = given.pop("out")
+        wants_adapting = given.pop("adapt", False)
         network, config, about = open_checkpoint(checkpoint, given)
         inputs = find_inputs(paths, config.images)
 
@@ -259,6 +330,10 @@ def main(arguments: list[str] | None = None) -> None:
         size = config.image_size
         reading = data.Reading(config.images, config.window, size, config.tau)
         print(f"{checkpoint}: {runs.run_name(config)}, {origin}, {size}x{size}", flush=True)
+        if wants_adapting:
+            print(adapt_to(network, inputs, reading), flush=True)
+        elif config.batch_norm == "local":
+            print(f"{checkpoint} was chosen with each centre's own statistics: see --adapt")
         of_network = functools.partial(predict, network)
         source = f"FedGS, {origin}"
         failures = segment_files(of_network, inputs, out, reading, source)
