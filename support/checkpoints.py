@@ -79,8 +79,10 @@ def with_about(
     state = network.state_dict()
     for name, tensor in state.items():
         state[name] = tensor.to("cpu", copy=True)
-    kept = {client: tensor.to("cpu", copy=True) for client, tensor in (own or {}).items()}
-    state._metadata[ABOUT] = {**about, "own": kept}
+    if own:
+        kept = {client: tensor.to("cpu", copy=True) for client, tensor in own.items()}
+        about = {**about, "own": kept}
+    state._metadata[ABOUT] = about
     return state
 
 
