@@ -40,6 +40,7 @@ from tools import compare
 ROOT = Path(__file__).resolve().parent.parent
 LAST_LINES = 30  # of a command that failed
 TEST_FILES = ("tests/test_kernels.py", "tests/test_hardware.py")
+ALONE = ("-p", "no:cacheprovider", "-o", "addopts=")  # in one process: there is one GPU
 LEARNING_RATES = ("1e-4", "5e-4")  # the paper's, and one for a training that is much shorter
 RUN_FILES = ("config.json", "rounds.csv", "scores.csv", "results.json")  # of a run that is complete
 
@@ -239,7 +240,7 @@ def build(day: Day) -> Found:
 
 def tests(day: Day) -> Found:
     """The kernels' and the hardware's tests that need a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-rfEs", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rfEs", *ALONE]
     printed = day.call([*command, *TEST_FILES, "-k", day.sizes.tests])
     return {}, passed(printed)
 
@@ -265,7 +266,7 @@ def sanitizer(tool: str, day: Day) -> Found:
     # place.
     selected = f"({day.sizes.tests}) and not graph and not launch and not round"
     command = [program, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=fedgs"]
-    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += [sys.executable, "-m", "pytest", "-q", *ALONE]
     printed = day.call(
         [*command, "tests/test_kernels.py", "-k", selected], PYTORCH_NO_CUDA_MEMORY_CACHING="1"
     )

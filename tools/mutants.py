@@ -126,7 +126,7 @@ class Copy:
                 if name != "__main__" and Path(file).is_relative_to(self.root):
                     del sys.modules[name]
 
-            quiet = ["-q", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist"]
+            quiet = ["-q", "--tb=line", "-p", "no:cacheprovider", "-o", "addopts="]
             where = f"--basetemp={self.folder / 'build' / 'tests'}"
             code = pytest.main([*quiet, where, *arguments], plugins=[plugin()])
             sys.stdout.flush()
