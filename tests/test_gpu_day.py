@@ -489,5 +489,5 @@ def test_a_whole_day_that_is_killed_in_the_middle(tmp_path, cache):
         assert f"## {step.name}\n" in text
     assert "| adamw_accumulate_ | 0.1 M | 36, 36, 116 |" in text
     assert "| 4 x 32² | plain fp32 |" in text
-    assert "fedgs - fedavg (1 pair of runs)" in text
+    assert "fedgs - fedavg: 1 pair of runs" in text
     assert kept.stat().st_size < 200_000
