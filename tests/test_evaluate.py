@@ -60,8 +60,9 @@ def test_the_table_is_the_runs_own(test_again, finished, tmp_path, capsys):
     assert f"best (round {round_})" in text
     assert "best.pt on PolypGen stand-in, from stand-in" in text
     assert "best.pt: polypgen-fedgs-utnet-f1-s0 on PolypGen stand-in" in text
-    mean = own["checkpoints"]["best"]["out_test"]["dice"]["mean"]
-    assert f"{mean:.3f}" in text
+    for batch_norm in ("averaged", "local"):
+        mean = own["checkpoints"]["best"][batch_norm]["out_test"]["dice"]["mean"]
+        assert f"{mean:.3f}" in text
 
 
 def test_without_out_nothing_is_written(test_again, tmp_path, monkeypatch):
@@ -74,7 +75,8 @@ def test_without_out_nothing_is_written(test_again, tmp_path, monkeypatch):
 def test_results_are_what_comparisons_read(test_again, finished, tmp_path):
     assert test_again("--out", tmp_path / "out") == 0
     [[section], [own]] = compare.compare([tmp_path / "out"]), compare.compare([finished])
-    assert section.title == own.title == "PolypGen stand-in, utnet, checkpoint best"
+    assert section.title == own.title
+    assert section.title.startswith("PolypGen stand-in, utnet, checkpoint best, averaged")
     key = ("out_test", "dice", "fedgs")
     assert section.summaries[key] == own.summaries[key]
 
@@ -104,7 +106,7 @@ def test_other_centres(test_again, tmp_path):
     centres = ["--centres", "C5", "C6", "--out-centre", "C5"]
     assert test_again(*centres, "--out", tmp_path / "out") == 0
     found = results_in(tmp_path / "out")
-    best = found["checkpoints"]["best"]
+    best = found["checkpoints"]["best"]["averaged"]
     assert list(best["in_test_by_centre"]) == ["C6"]
     assert list(best["out_test_by_centre"]) == ["C5"]
     assert found["config"]["centres"] == ["C5", "C6"]
