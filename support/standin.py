@@ -29,7 +29,8 @@ from support.errors import UserError
 # Stylised colonoscopy frames with PolypGen's published lesion statistics. All geometry is in
 # normalised coordinates, x and y in [-1, 1], so that a frame shows the same scene at every size.
 
-FOLDS = 3  # that look like polyps, in a frame
+FOLDS = 3  # short ones that look like polyps: their mean number in a frame
+ROUND, LONG = (0.65, 1), (0.2, 0.5)  # bounds of width / length: of lesions, and of short folds
 INSET = np.array([0.15, 0.72, 0.56], np.float32)  # colour of the box in some cameras' frames
 SHARE = 0.4  # of PolypGen's numbers of images: a federation that a laptop trains in minutes
 
@@ -78,7 +79,7 @@ CAMERAS = {
     "C1": Camera((1.03, 1.01, 0.87), 0.00, 0.006, 0.000, 10, False, -1.00, 1.65, 2.00),
     "C2": Camera((0.89, 0.93, 0.89), 0.22, 0.010, 0.004, 6, False, -0.75, 2.00, 1.16),
     "C3": Camera((0.92, 0.94, 0.95), 0.12, 0.004, 0.000, 16, False, -0.80, 1.65, 2.00),
-    "C4": Camera((1.00, 0.93, 0.96), 0.06, 0.012, 0.005, 8, True, -0.40, 1.70, 2.00),
+    "C4": Camera((0.98, 1.01, 1.04), 0.06, 0.012, 0.005, 8, True, -0.40, 1.70, 2.00),
     "C5": Camera((0.86, 0.82, 0.78), 0.08, 0.008, 0.003, 12, True, -0.40, 1.60, 2.00),
     "C6": Camera((0.93, 0.95, 0.72), 0.25, 0.014, 0.006, 5, False, -0.50, 1.55, 2.00),
 }
@@ -142,7 +143,7 @@ def paint_frame(
     mask = np.zeros((size, size), bool)
     for area, (mx, my) in zip(areas, place(areas, camera, rng), strict=True):
         # Polyps do not touch.
-        reach = outline(x - mx, y - my, ROUND, rng)
+        reach = outline(x - mx, y - my, rng)
         taken = ndimage.binary_dilation(mask, iterations=1 + size // 64)
         reach[taken] = 9
 
@@ -239,18 +240,18 @@ def place(areas: Sequence[float], camera: Camera, rng: np.random.Generator) -> l
     return middles
 
 
-ROUND, LONG = (0.65, 1), (0.2, 0.5)  # of an outline: the bounds of its width / length
-
-
 def outline(
-    x: np.ndarray, y: np.ndarray, bounds: tuple[float, float], rng: np.random.Generator
+    x: np.ndarray,
+    y: np.ndarray,
+    rng: np.random.Generator,
+    widths: tuple[float, float] = ROUND,
 ) -> np.ndarray:
-    """Distance from a dome's middle, bent so that the wavy ellipse of its outline is a circle.
+    """Distance from a lesion's middle, bent so that the wavy ellipse of its outline is a circle.
 
-    bounds: of the ellipse's width / length
+    widths: bounds of the ellipse's width / length
     """
     turn = np.float32(rng.uniform(0, np.pi))
-    squeeze = np.float32(rng.uniform(*bounds))
+    squeeze = np.float32(rng.uniform(*widths))
     along = x * np.cos(turn) + y * np.sin(turn)
     across = (y * np.cos(turn) - x * np.sin(turn)) / squeeze
 
@@ -270,7 +271,7 @@ def add_folds(
         mx = rng.uniform(-1, 1)
         my = rng.uniform(-1, 1)
         radius = 0.05 * 10 ** rng.uniform(0, 1)
-        reach = outline(x - mx, y - my, LONG, rng)
+        reach = outline(x - mx, y - my, rng, LONG)
         relief, colour = add_dome(relief, colour, reach / radius, radius, rng)
     return relief, colour
 
