@@ -29,7 +29,7 @@ from support.errors import UserError
 # Stylised colonoscopy frames with PolypGen's published lesion statistics. All geometry is in
 # normalised coordinates, x and y in [-1, 1], so that a frame shows the same scene at every size.
 
-FOLDS = 3  # short ones that look like polyps: their mean number in a frame
+FOLDS = 2  # short ones that look like polyps: their mean number in a frame
 ROUND, LONG = (0.65, 1), (0.2, 0.5)  # bounds of width / length: of lesions, and of short folds
 INSET = np.array([0.15, 0.72, 0.56], np.float32)  # colour of the box in some cameras' frames
 SHARE = 0.4  # of PolypGen's numbers of images: a federation that a laptop trains in minutes
@@ -76,12 +76,12 @@ class Camera(NamedTuple):
 
 # Chosen so that the centres' means and deviations of the colours come near PolypGen's.
 CAMERAS = {
-    "C1": Camera((1.03, 1.01, 0.87), 0.00, 0.006, 0.000, 10, False, -1.00, 1.65, 2.00),
-    "C2": Camera((0.89, 0.93, 0.89), 0.22, 0.010, 0.004, 6, False, -0.75, 2.00, 1.16),
-    "C3": Camera((0.92, 0.94, 0.95), 0.12, 0.004, 0.000, 16, False, -0.80, 1.65, 2.00),
-    "C4": Camera((0.98, 1.01, 1.04), 0.06, 0.012, 0.005, 8, True, -0.40, 1.70, 2.00),
+    "C1": Camera((1.05, 1.03, 0.89), 0.00, 0.006, 0.000, 10, False, -1.00, 1.65, 2.00),
+    "C2": Camera((0.85, 0.88, 0.85), 0.22, 0.010, 0.004, 6, False, -0.75, 2.00, 1.16),
+    "C3": Camera((0.95, 0.97, 0.98), 0.12, 0.004, 0.000, 16, False, -0.80, 1.65, 2.00),
+    "C4": Camera((1.02, 1.05, 1.08), 0.06, 0.012, 0.005, 8, True, -0.40, 1.70, 2.00),
     "C5": Camera((0.86, 0.82, 0.78), 0.08, 0.008, 0.003, 12, True, -0.40, 1.60, 2.00),
-    "C6": Camera((0.93, 0.95, 0.72), 0.25, 0.014, 0.006, 5, False, -0.50, 1.55, 2.00),
+    "C6": Camera((0.98, 1.02, 0.77), 0.20, 0.014, 0.006, 5, False, -0.50, 1.55, 2.00),
 }
 
 
