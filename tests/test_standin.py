@@ -128,27 +128,59 @@ def conspicuous_spots(image, mask, view):
 
 
 def test_small_polyps_hide_among_spots_of_the_wall(frames):
-    """As in PolypGen: 0.04, 0.05, 0.11 and 0.16. With polyps of equal contrast all would be 0."""
+    """In PolypGen: 0.04, 0.05, 0.11 and 0.16. With polyps of equal contrast all would be 0."""
     largest, large, medium, small = of_lone_polyps(frames, conspicuous_spots)
     assert largest < 0.06
     assert large < 0.08
-    assert 0.03 < medium < 0.14
+    assert 0.025 < medium < 0.14
     assert 0.1 < small < 0.25
 
 
 def test_contrast_falls_with_a_polyps_size(frames):
     contrast = of_lone_polyps(frames, contrast_to_ring)
     assert contrast == pytest.approx([46, 38, 24, 17], rel=0.4)
-    assert contrast[3] < 0.35 * contrast[0]  # PolypGen's: 0.37
+    assert contrast[3] < 0.37 * contrast[0]  # PolypGen's share
 
 
-def test_outlines_of_polyps_are_soft(frames):
-    steps = of_lone_polyps(frames, step_at_outline)
-    assert steps == pytest.approx([31, 26, 21, 20], rel=0.55)
+def test_outlines_of_small_polyps_are_soft(frames):
+    """In PolypGen: 31, 26, 21 and 20."""
+    largest, _, medium, small = of_lone_polyps(frames, step_at_outline)
+    assert largest > 25
+    assert medium < 30
+    assert small < 20
 
 
-def test_folds_look_like_polyps(monkeypatch):
-    """Frames without a polyp have domes all the same, as many as FOLDS says."""
+def test_frames_have_folds_of_a_polyps_looks_and_sizes(monkeypatch):
+    radii = []
+    widths = []
+
+    def noticed(relief, colour, reach, radius, rng):
+        rows, columns = np.nonzero(reach < 1)
+        if len(rows) > 10:
+            deviations = np.linalg.eigvalsh(np.cov(rows, columns))
+            widths.append(np.sqrt(deviations[0] / deviations[1]))
+        radii.append(radius)
+        return add_dome(relief, colour, reach, radius, rng)
+
+    add_dome = standin.add_dome
+    monkeypatch.setattr(standin, "add_dome", noticed)
+    for i in range(60):
+        rng = np.random.default_rng(i)
+        standin.paint_frame([], standin.CAMERAS["C1"], 64, rng)
+    assert 1.5 < len(radii) / 60 < 2.5
+    assert min(radii) < 0.07
+    assert max(radii) > 0.35
+    assert np.median(widths) < 0.5
+
+
+def test_what_lies_beside_the_view_is_black_but_for_a_box(frames):
+    for centre, (images, masks) in frames.items():
+        view = standin.view_of(standin.CAMERAS[centre], *standin.coordinates(80))
+        assert not (masks & ~view).any()
+        beside = images[:, ~view]
+        assert (beside == beside[0]).all()
+        coloured = beside[0].any(axis=1).sum() / 80**2
+        assert coloured == pytest.approx(0.09 if centre in ("C4", "C5") else 0), centre
 
 
 def test_centres_differ_as_polypgens_do(frames):
@@ -163,9 +195,9 @@ def test_centres_differ_as_polypgens_do(frames):
     for centre, (*colour, within, between) in expected.items():
         images, _ = frames[centre]
         means = images.mean(axis=(1, 2))
-        assert means.mean(axis=0) == pytest.approx(colour, abs=9), centre
+        assert means.mean(axis=0) == pytest.approx(colour, abs=10), centre
         assert images[..., 0].std(axis=(1, 2)).mean() == pytest.approx(within, rel=0.15), centre
-        assert means[:, 0].std() == pytest.approx(between, abs=7), centre
+        assert means[:, 0].std() == pytest.approx(between, abs=6), centre
 
 
 # -------------------------------------------------------------------------------------------- LiTS
