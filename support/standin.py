@@ -1,8 +1,9 @@
 """Drawn data sets that take the place of PolypGen and LiTS where those are not at hand.
 
 They have the published sizes of lesions, six camera styles or a scanner's noise, and things that
-look like lesions and are none. Training on them shows that everything works, and how it looks; its
-scores say nothing about real images.
+look like lesions and are none. Small polyps are about as faint, and as soft, as PolypGen's.
+Training on them shows that everything works, and how it looks; its scores say nothing about real
+images.
 
 The last section writes them as folders of files in the layout of the data set that they stand for,
 so that everything else reads them as it reads the real thing. STAND-IN.txt in a folder says what it
