@@ -75,7 +75,8 @@ class Camera(NamedTuple):
     radius: float
 
 
-# Chosen so that the centres' means and deviations of the colours come near PolypGen's.
+# Gains, spreads and views are chosen so that the centres' colours have about PolypGen's means and
+# deviations.
 CAMERAS = {
     "C1": Camera((1.05, 1.03, 0.89), 0.00, 0.006, 0.000, 10, False, -1.00, 1.65, 2.00),
     "C2": Camera((0.85, 0.88, 0.85), 0.22, 0.010, 0.004, 6, False, -0.75, 2.00, 1.16),
@@ -267,7 +268,7 @@ def outline(
 def add_folds(
     relief: np.ndarray, colour: np.ndarray, x: np.ndarray, y: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Short folds: of a polyp's skin and of all its sizes, but long -> relief, colour."""
+    """Domes that are no polyps: of their skin and sizes, but longer -> relief, colour."""
     for _ in range(rng.poisson(FOLDS)):
         mx = rng.uniform(-1, 1)
         my = rng.uniform(-1, 1)
@@ -286,7 +287,7 @@ def add_dome(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cover the wall with a tinted dome whose outline is at `reach` 1 -> relief, colour."""
     # A small polyp is not only small: it is flat, and hardly differs from the wall around it. In
-    # PolypGen its contrast falls by a half where its area falls by about a factor of six.
+    # PolypGen a tenth of the area goes with about half of the contrast.
     visible = rng.uniform(0.5, 1) * min(1, (radius / 0.45) ** 0.7)
 
     # It is of the wall's colour, but nearer to the lamp.
