@@ -1,8 +1,9 @@
 """Drawn data sets that take the place of PolypGen and LiTS where those are not at hand.
 
 They have the published sizes of lesions, six camera styles or a scanner's noise, and things that
-look like lesions and are none. Training on them shows that everything works, and how it looks; its
-scores say nothing about real images.
+look like lesions and are none. Small polyps are about as faint, and as soft, as PolypGen's.
+Training on them shows that everything works, and how it looks; its scores say nothing about real
+images.
 
 The last section writes them as folders of files in the layout of the data set that they stand for,
 so that everything else reads them as it reads the real thing. STAND-IN.txt in a folder says what it
@@ -29,6 +30,9 @@ from support.errors import UserError
 # Stylised colonoscopy frames with PolypGen's published lesion statistics. All geometry is in
 # normalised coordinates, x and y in [-1, 1], so that a frame shows the same scene at every size.
 
+FOLDS = 2  # short ones that look like polyps: their mean number in a frame
+ROUND, LONG = (0.65, 1), (0.2, 0.5)  # bounds of width / length: of lesions, and of short folds
+INSET = np.array([0.15, 0.72, 0.56], np.float32)  # colour of the box in some cameras' frames
 SHARE = 0.4  # of PolypGen's numbers of images: a federation that a laptop trains in minutes
 
 
@@ -56,25 +60,30 @@ POLYPGEN = {
 class Camera(NamedTuple):
     """How a centre's frames look."""
 
-    cast: tuple[float, float, float]  # of colour
-    gamma: float  # above 1 darkens
-    vignette: float
+    gain: tuple[float, float, float]  # of red, green and blue
+    spread: float  # of the gains from frame to frame
     noise: float
     blur: float  # a share of the frame
     highlights: int  # their mean number
+    inset: bool  # whether a box beside the view shows the endoscope's course
 
-    # Bounds of the view: on max(|x|, |y|), on |x| + |y| (cuts the corners, as in an octagon) and on
-    # the distance from the middle (rounds them).
-    view: tuple[float, float, float]
+    # The view begins at this x: text has its place to the left of it. Its corners are cut as in an
+    # octagon (a bound on |x| + |y|, with x in [-1, 1] across the view) and rounded (on the distance
+    # from its middle).
+    left: float
+    corner: float
+    radius: float
 
 
+# Gains, spreads and views are chosen so that the centres' colours have about PolypGen's means and
+# deviations.
 CAMERAS = {
-    "C1": Camera((1.05, 1.00, 0.97), 1.00, 0.20, 0.012, 0.000, 10, (0.96, 1.50, 2.00)),
-    "C2": Camera((1.03, 0.98, 0.93), 1.08, 0.30, 0.020, 0.004, 6, (1.00, 2.00, 1.16)),
-    "C3": Camera((1.04, 1.04, 1.05), 0.93, 0.15, 0.008, 0.000, 16, (1.00, 1.70, 2.00)),
-    "C4": Camera((1.00, 0.98, 1.04), 1.05, 0.25, 0.025, 0.005, 8, (1.00, 2.00, 2.00)),
-    "C5": Camera((1.06, 0.96, 0.94), 1.00, 0.35, 0.015, 0.003, 12, (0.92, 2.00, 1.10)),
-    "C6": Camera((0.97, 1.00, 0.97), 1.10, 0.30, 0.030, 0.006, 5, (0.90, 1.35, 2.00)),
+    "C1": Camera((1.05, 1.03, 0.89), 0.00, 0.006, 0.000, 10, False, -1.00, 1.65, 2.00),
+    "C2": Camera((0.85, 0.88, 0.85), 0.22, 0.010, 0.004, 6, False, -0.75, 2.00, 1.16),
+    "C3": Camera((0.95, 0.97, 0.98), 0.12, 0.004, 0.000, 16, False, -0.80, 1.65, 2.00),
+    "C4": Camera((1.02, 1.05, 1.08), 0.06, 0.012, 0.005, 8, True, -0.40, 1.70, 2.00),
+    "C5": Camera((0.86, 0.82, 0.78), 0.08, 0.008, 0.003, 12, True, -0.40, 1.60, 2.00),
+    "C6": Camera((0.98, 1.02, 0.77), 0.20, 0.014, 0.006, 5, False, -0.50, 1.55, 2.00),
 }
 
 
@@ -129,14 +138,12 @@ def paint_frame(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Areas of polyps and a camera -> image (size, size, 3) uint8, mask (size, size) bool."""
     x, y = coordinates(size)
-    side, corner, radius = camera.view
-    view = np.maximum(abs(x), abs(y)) < side
-    view &= abs(x) + abs(y) < corner
-    view &= np.hypot(x, y) < radius
+    view = view_of(camera, x, y)
 
     relief, colour = mucosa(x, y, rng)
+    relief, colour = add_folds(relief, colour, x, y, rng)
     mask = np.zeros((size, size), bool)
-    for area, (mx, my) in zip(areas, place(areas, rng), strict=True):
+    for area, (mx, my) in zip(areas, place(areas, camera, rng), strict=True):
         # Polyps do not touch.
         reach = outline(x - mx, y - my, rng)
         taken = ndimage.binary_dilation(mask, iterations=1 + size // 64)
@@ -146,7 +153,7 @@ def paint_frame(
         pixels = max(1, round(area * size**2))
         radius = np.partition(reach[view], pixels)[pixels]
         mask |= view & (reach < radius)
-        relief, colour = add_polyp(relief, colour, reach / radius, radius, rng)
+        relief, colour = add_dome(relief, colour, reach / radius, radius, rng)
 
     lit = colour * shading(relief, rng)
     scene = lit + glare(x, y, camera.highlights, rng)
@@ -157,6 +164,14 @@ def coordinates(size: int) -> tuple[np.ndarray, np.ndarray]:
     """The middles of pixels, x (1, size) and y (size, 1), in [-1, 1]."""
     x = ((2 * np.arange(size) + 1) / size - 1).astype(np.float32)[None, :]
     return x, x.T
+
+
+def view_of(camera: Camera, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Where a camera's frames show anything -> (size, size) bool."""
+    middle = (1 + camera.left) / 2
+    across = abs(x - middle) / (1 - middle)
+    view = (across < 1) & (across + abs(y) < camera.corner)
+    return view & (np.hypot(across, y) < camera.radius)
 
 
 def waves(x: np.ndarray, y: np.ndarray, order: int, rng: np.random.Generator) -> np.ndarray:
@@ -183,13 +198,17 @@ def mucosa(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> tuple[np.n
     # Its folds are rings of equal depth: each has a bright crest and hides the wall just behind it
     # in shadow. They come and go around the tube.
     phase = rng.uniform(0, 1)
-    behind = phase - rng.uniform(1, 1.7) * np.log(distance + 0.2)
+    behind = phase - rng.uniform(1, 2.5) * np.log(distance + 0.2)
     behind -= np.floor(behind)
     folds = 0.3 * np.exp(8 * (behind - 1)) - 0.6 * np.exp(-5 * behind)
     light = 1 + folds * np.clip(0.5 + 0.6 * waves(x, y, 4, rng), 0, 1)
-    depth = rng.uniform(0.4, 0.9)
-    lumen = rng.uniform(0.25, 0.6)
+    depth = rng.uniform(0.5, 1)
+    lumen = rng.uniform(0.3, 0.9)
     light *= 1 - depth * np.exp(-((distance / lumen) ** 2))
+
+    # Unevenness at every scale, so that whatever a lesion's size is, the wall has spots of it.
+    for order, strength in ((3, 0.15), (8, 0.08), (20, 0.05)):
+        light *= np.exp(strength * waves(x, y, order, rng))
 
     # Vessels run where a random field changes its sign; they come and go too.
     vessels = np.exp(-((waves(x, y, 13, rng) / 0.08) ** 2))
@@ -198,20 +217,21 @@ def mucosa(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> tuple[np.n
     # The colour between a pale and a redder wall.
     red = rng.uniform(0.3, 0.6) + 0.12 * waves(x, y, 5, rng)
     red = np.clip(red + rng.uniform(0, 1) * vessels, 0, 1)
-    pale = np.array([0.93, 0.66, 0.52], np.float32)[:, None, None]
-    redder = np.array([-0.20, -0.34, -0.26], np.float32)[:, None, None]
+    pale = np.array([0.80, 0.58, 0.46], np.float32)[:, None, None]
+    redder = np.array([-0.15, -0.28, -0.22], np.float32)[:, None, None]
 
     relief = 0.03 * waves(x, y, 6, rng)
     relief = relief + 0.0015 * waves(x, y, 28, rng)
     return relief, light * (pale + redder * red)
 
 
-def place(areas: Sequence[float], rng: np.random.Generator) -> list[np.ndarray]:
+def place(areas: Sequence[float], camera: Camera, rng: np.random.Generator) -> list[np.ndarray]:
     """The polyps' middles (x, y), each the first random place with room, or the roomiest."""
     radii = np.sqrt(4 / np.pi * np.array(areas))
     middles = []
     for radius in radii:
         places = rng.uniform(-0.7, 0.7, size=(20, 2)).astype(np.float32)
+        places[:, 0] += (1 - places[:, 0]) * (1 + camera.left) / 2  # from the frame to the view
 
         # Room is the distance to the nearest polyp, and no more of it is wanted than enough.
         room = np.zeros(20)
@@ -222,10 +242,18 @@ def place(areas: Sequence[float], rng: np.random.Generator) -> list[np.ndarray]:
     return middles
 
 
-def outline(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Distance from a polyp's middle, bent so that the wavy ellipse of its outline is a circle."""
+def outline(
+    x: np.ndarray,
+    y: np.ndarray,
+    rng: np.random.Generator,
+    widths: tuple[float, float] = ROUND,
+) -> np.ndarray:
+    """Distance from a lesion's middle, bent so that the wavy ellipse of its outline is a circle.
+
+    widths: bounds of the ellipse's width / length
+    """
     turn = np.float32(rng.uniform(0, np.pi))
-    squeeze = np.float32(rng.uniform(0.65, 1))
+    squeeze = np.float32(rng.uniform(*widths))
     along = x * np.cos(turn) + y * np.sin(turn)
     across = (y * np.cos(turn) - x * np.sin(turn)) / squeeze
 
@@ -237,7 +265,20 @@ def outline(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarra
     return np.hypot(along, across) * np.sqrt(squeeze) / (1 + wobble)
 
 
-def add_polyp(
+def add_folds(
+    relief: np.ndarray, colour: np.ndarray, x: np.ndarray, y: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Domes that are no polyps: of their skin and sizes, but longer -> relief, colour."""
+    for _ in range(rng.poisson(FOLDS)):
+        mx = rng.uniform(-1, 1)
+        my = rng.uniform(-1, 1)
+        radius = 0.05 * 10 ** rng.uniform(0, 1)
+        reach = outline(x - mx, y - my, rng, LONG)
+        relief, colour = add_dome(relief, colour, reach / radius, radius, rng)
+    return relief, colour
+
+
+def add_dome(
     relief: np.ndarray,
     colour: np.ndarray,
     reach: np.ndarray,
@@ -245,13 +286,18 @@ def add_polyp(
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cover the wall with a tinted dome whose outline is at `reach` 1 -> relief, colour."""
-    # How well it stands out does not depend on its size: a small polyp is hard for being small.
-    visible = rng.uniform(0.5, 1)
-    pink, pale = [0.40, 0.16, 0.32], [0.42, 0.43, 0.53]
-    tint = np.array([pink, pale], np.float32)[rng.integers(2)]
-    skin = colour.mean(axis=(1, 2)) + visible * tint
+    # A small polyp is not only small: it is flat, and hardly differs from the wall around it. In
+    # PolypGen a tenth of the area goes with about half of the contrast.
+    visible = rng.uniform(0.5, 1) * min(1, (radius / 0.45) ** 0.7)
 
-    cover = 0.9 * np.clip((1.06 - reach) / 0.12, 0, 1)
+    # It is of the wall's colour, but nearer to the lamp.
+    bright = rng.uniform(1.4, 2.5)
+    tint = bright * np.exp(rng.normal(0, 0.08, size=3)).astype(np.float32)
+    skin = colour.mean(axis=(1, 2)) * tint
+
+    # Its outline is as soft as that of a large one, and so the softer for its size.
+    softness = min(1, rng.uniform(0.02, 0.06) / radius)
+    cover = visible * np.clip((1 + softness - reach) / (2 * softness), 0, 1)
     shadow = rng.uniform(0, 0.4) * visible * np.exp(-(((reach - 1.1) / 0.15) ** 2))
     dome = 0.35 * visible * radius * np.clip(1 - reach**2, 0, 1)
     covered = colour * ((1 - shadow) * (1 - cover)) + skin[:, None, None] * cover
@@ -298,16 +344,21 @@ def photograph(
     rng: np.random.Generator,
 ) -> np.ndarray:
     """What the centre's camera makes of a scene (3, size, size) -> image (size, size, 3) uint8."""
-    lamp = rng.uniform(0.85, 1.15) * (1 - camera.vignette * (x**2 + y**2))
-    image = scene * lamp * np.array(camera.cast, np.float32)[:, None, None]
+    exposure = np.exp(rng.normal(0, camera.spread))
+    gain = exposure * np.exp(rng.normal(0, camera.spread / 3, size=3)) * camera.gain
+    image = scene * gain.astype(np.float32)[:, None, None]
 
     blur = camera.blur * x.size
     image = ndimage.gaussian_filter(image, (0, blur, blur))
-    image = np.clip(image, 0, 1) ** camera.gamma
+
+    # What is no part of the view is black, but for the box.
+    image *= view
+    if camera.inset:
+        image[:, (x < camera.left) & (y > -camera.left)] = INSET[:, None]
 
     # The sensor's noise is the only draw that depends on the size, and so the last.
-    image += camera.noise * rng.standard_normal(image.shape, np.float32)
-    return (255 * view * np.clip(image, 0, 1)).astype(np.uint8).transpose(1, 2, 0)
+    image += camera.noise * view * rng.standard_normal(image.shape, np.float32)
+    return (255 * np.clip(image, 0, 1)).astype(np.uint8).transpose(1, 2, 0)
 
 
 # -------------------------------------------------------------------------------------------- LiTS
@@ -451,7 +502,7 @@ def scan_slice(
 # interrupted, and several processes may draw at once.
 
 MARK = "STAND-IN.txt"  # lies in a folder of drawn files, so that nobody takes them for real ones
-VERSION = "(version 1)"  # of the drawings
+VERSION = "(version 2)"  # of the drawings
 FLAG_SIZE = 512  # PolypGen's size flags were made at 512 x 512
 
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from conftest import shrink_stand_ins
 from PIL import Image
+from scipy import ndimage
+from scipy.signal import fftconvolve
 
 import data
 from support import standin
@@ -64,6 +66,138 @@ def test_frames_have_the_published_statistics(centre):
     assert several == round(200 * known.several / known.frames)
     realised = np.quantile(areas[np.isfinite(areas)], [0.05, 0.25, 0.5, 0.75, 0.95])
     assert realised == pytest.approx(known.quantiles, rel=0.12)
+
+
+# How hard the frames are, and how much centres differ. The figures that tests expect are summary
+# statistics of PolypGen's frames at 80 x 80, measured as the drawn ones are here.
+
+RANGES = (0, 10, 30, 100)  # where ranges of image pixels / lesion pixels begin
+
+
+@pytest.fixture(scope="module")
+def frames():
+    """{centre: images (40, 80, 80, 3), masks (40, 80, 80)}"""
+    return {centre: standin.polypgen_frames(centre, 40, 80) for centre in standin.POLYPGEN}
+
+
+def of_lone_polyps(frames, measure):
+    """For each of RANGES the mean of measure(image, mask, view), over frames with one polyp."""
+    found = {low: [] for low in RANGES}
+    for centre, (images, masks) in frames.items():
+        view = standin.view_of(standin.CAMERAS[centre], *standin.coordinates(80))
+        for image, mask in zip(images, masks, strict=True):
+            if ndimage.label(mask)[1] == 1:
+                low = RANGES[np.searchsorted(RANGES, data.inverse_area(mask), side="right") - 1]
+                found[low].append(measure(image.astype(float), mask, view))
+    return [np.nanmean(found[low]) for low in RANGES]
+
+
+def contrast_to_ring(image, mask, view):
+    """Of the mean colours in a polyp and in the ring of three pixels around it."""
+    ring = ndimage.binary_dilation(mask, iterations=3) & ~mask & view
+    return abs(image[mask].mean(axis=0) - image[ring].mean(axis=0)).mean()
+
+
+def step_at_outline(image, mask, view):
+    """Between the pixels on either side of a polyp's outline, as a length in RGB."""
+    inner = mask & ~ndimage.binary_erosion(mask)
+    outer = ndimage.binary_dilation(mask) & ~mask & view
+    return np.linalg.norm(image[inner].mean(axis=0) - image[outer].mean(axis=0))
+
+
+def conspicuous_spots(image, mask, view):
+    """The share of places in a frame that differ from their surroundings as much as the polyp.
+
+    A place is a spot of the polyp's shape with the ring around it, in the view and apart from the
+    polyp. NaN where there are hardly any.
+    """
+    ring = ndimage.binary_dilation(mask, iterations=3) & ~mask & view
+    box = ndimage.find_objects((mask | ring).astype(int))[0]
+    spot = mask[box][::-1, ::-1]
+    around = ring[box][::-1, ::-1]
+
+    # Mean within minus mean around, at all places at once.
+    weights = spot / spot.sum() - around / around.sum()
+    channels = [fftconvolve(image[..., i], weights, "valid") for i in range(3)]
+    contrast = np.linalg.norm(channels, axis=0)
+    blocked = fftconvolve(mask | ~view, (spot | around).astype(float), "valid") > 0.5
+    others = contrast[~blocked]
+    if len(others) < 50:
+        return np.nan
+    return (others >= contrast[box[0].start, box[1].start]).mean()
+
+
+def test_small_polyps_hide_among_spots_of_the_wall(frames):
+    """In PolypGen: 0.04, 0.05, 0.11 and 0.16. With polyps of equal contrast all would be 0."""
+    largest, large, medium, small = of_lone_polyps(frames, conspicuous_spots)
+    assert largest < 0.06
+    assert large < 0.08
+    assert 0.025 < medium < 0.14
+    assert 0.1 < small < 0.25
+
+
+def test_contrast_falls_with_a_polyps_size(frames):
+    contrast = of_lone_polyps(frames, contrast_to_ring)
+    assert contrast == pytest.approx([46, 38, 24, 17], rel=0.4)
+    assert contrast[3] < 0.37 * contrast[0]  # PolypGen's share
+
+
+def test_outlines_of_small_polyps_are_soft(frames):
+    """In PolypGen: 31, 26, 21 and 20."""
+    largest, _, medium, small = of_lone_polyps(frames, step_at_outline)
+    assert largest > 25
+    assert medium < 30
+    assert small < 20
+
+
+def test_frames_have_folds_of_a_polyps_looks_and_sizes(monkeypatch):
+    radii = []
+    widths = []
+
+    def noticed(relief, colour, reach, radius, rng):
+        rows, columns = np.nonzero(reach < 1)
+        if len(rows) > 10:
+            deviations = np.linalg.eigvalsh(np.cov(rows, columns))
+            widths.append(np.sqrt(deviations[0] / deviations[1]))
+        radii.append(radius)
+        return add_dome(relief, colour, reach, radius, rng)
+
+    add_dome = standin.add_dome
+    monkeypatch.setattr(standin, "add_dome", noticed)
+    for i in range(60):
+        rng = np.random.default_rng(i)
+        standin.paint_frame([], standin.CAMERAS["C1"], 64, rng)
+    assert 1.5 < len(radii) / 60 < 2.5
+    assert min(radii) < 0.07
+    assert max(radii) > 0.35
+    assert np.median(widths) < 0.5
+
+
+def test_what_lies_beside_the_view_is_black_but_for_a_box(frames):
+    for centre, (images, masks) in frames.items():
+        view = standin.view_of(standin.CAMERAS[centre], *standin.coordinates(80))
+        assert not (masks & ~view).any()
+        beside = images[:, ~view]
+        assert (beside == beside[0]).all()
+        coloured = beside[0].any(axis=1).sum() / 80**2
+        assert coloured == pytest.approx(0.09 if centre in ("C4", "C5") else 0), centre
+
+
+def test_centres_differ_as_polypgens_do(frames):
+    expected = {  # mean red, green and blue; deviation of red in a frame; of its mean, over frames
+        "C1": (158, 99, 68, 64, 15),
+        "C2": (113, 76, 58, 76, 29),
+        "C3": (132, 86, 69, 71, 21),
+        "C4": (111, 87, 71, 77, 14),
+        "C5": (95, 70, 53, 74, 12),
+        "C6": (107, 73, 45, 87, 24),
+    }
+    for centre, (*colour, within, between) in expected.items():
+        images, _ = frames[centre]
+        means = images.mean(axis=(1, 2))
+        assert means.mean(axis=0) == pytest.approx(colour, abs=10), centre
+        assert images[..., 0].std(axis=(1, 2)).mean() == pytest.approx(within, rel=0.15), centre
+        assert means[:, 0].std() == pytest.approx(between, abs=6), centre
 
 
 # -------------------------------------------------------------------------------------------- LiTS
@@ -251,7 +385,7 @@ def test_a_stand_in_never_takes_the_place_of_real_data(tmp_path, draw, put, kind
 @pytest.mark.parametrize("draw", [draw_frames, draw_volumes])
 def test_what_another_version_has_drawn_is_not_mixed_in(few, tmp_path, monkeypatch, draw):
     draw(tmp_path, "C5")
-    monkeypatch.setattr(standin, "VERSION", "(version 2)")
+    monkeypatch.setattr(standin, "VERSION", "(version 0)")
     with pytest.raises(UserError, match=r"another version of FedGS has drawn: delete it"):
         draw(tmp_path, "C4")
 
