@@ -505,11 +505,11 @@ class Line(processes.Channel):
         return self.incoming.get(timeout=60)
 
 
-@pytest.mark.parametrize("method", ["fedgs", "fedbn"])
-def test_rounds_by_messages_are_those_of_one_process(tiny, monkeypatch, method):
+@pytest.mark.parametrize("options", [{}, {"method": "fedbn", "batch_norm": "local"}])
+def test_rounds_by_messages_are_those_of_one_process(tiny, monkeypatch, options):
     """Training, validation and tests of clients that another thread serves, bit for bit."""
     small = {"image_size": 16, "batch_size": 8, "local_epochs": 1, "lr": 0.03}
-    config = replace(tiny, method=method, centres=("C3", "C4", "C5", "C6"), rounds=2, **small)
+    config = replace(tiny, centres=("C3", "C4", "C5", "C6"), rounds=2, **small, **options)
     one_by_one = threading.Lock()  # initial weights are drawn from torch's global generator
 
     def open_local(config, centres):
@@ -543,7 +543,7 @@ def test_rounds_by_messages_are_those_of_one_process(tiny, monkeypatch, method):
     *vectors, own = state
     *vectors_alone, own_alone = state_alone
     assert all(torch.equal(a, b) for a, b in zip(vectors, vectors_alone, strict=True))
-    assert list(own) == list(own_alone) == (["C3", "C4", "C5"] if method == "fedbn" else [])
+    assert list(own) == list(own_alone) == (["C3", "C4", "C5"] if options else [])
     assert all(torch.equal(own[client], own_alone[client]) for client in own)
     assert others == others_alone
 
