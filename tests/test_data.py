@@ -751,7 +751,7 @@ def test_near_duplicates_are_linked_by_their_looks(few, tmp_path):
     held = read_drawn_frames(tmp_path, size=64).out_test
     copies = held.subset([0, 1, 0, 2, 1, 3])
     copies.images[2] = (copies.images[2].float() * 0.9).byte()  # the same scene, less light
-    groups = data.groups_by_looks(copies)
+    groups = data.groups_by_looks(data.thumbnails(copies))
     assert groups[0] == groups[2]
     assert groups[1] == groups[4]
     assert len(set(groups)) == 4
