@@ -64,7 +64,7 @@ def draw_look(seen: Sequence[Any], tau: float, log_base: float, title: str, coun
     """
     with_lesion = [one for one in seen if one.lesions]
     groups = by_centre(with_lesion)
-    chosen = sorted(with_lesion, key=smallest_first)[:count]
+    chosen = smallest_of(with_lesion, count)
     lines = math.ceil(len(chosen) / COLUMNS)
 
     # Heights in inches: what there is to show decides about them.
@@ -103,9 +103,18 @@ def by_centre(seen: Sequence[Any]) -> dict[str, list[Any]]:
     return groups
 
 
-def smallest_first(one: Any) -> tuple:
-    """By what images are sorted: equal lesions by centre and name."""
-    return -one.smallest, one.centre, one.name
+def smallest_of(seen: Sequence[Any], count: int) -> list[Any]:
+    """The images with the smallest lesions, one of each volume."""
+
+    def smallest_first(one: Any) -> tuple:
+        return -one.smallest, one.centre, one.name
+
+    # Neighbouring slices of a volume show the same.
+    chosen = {}
+    for one in sorted(seen, key=smallest_first):
+        volume, _, _ = one.name.partition("_slice-")
+        chosen.setdefault((one.centre, volume), one)
+    return list(chosen.values())[:count]
 
 
 def areas_of(seen: Sequence[Any], small: bool) -> np.ndarray:
@@ -126,8 +135,8 @@ def draw_sizes(axes: "Axes", name: str, seen: Sequence[Any], edges: np.ndarray) 
     axes.hist([others, small], edges, stacked=True, color=[SKY, RED])
 
     axes.set_ylabel(name, rotation="horizontal", ha="right", va="center")
-    text = f"{len(seen)} images with a lesion, {len(small)} small"
-    axes.text(0.995, 0.9, text, transform=axes.transAxes, ha="right", va="top", fontsize=8)
+    text = f"{len(seen)} with a lesion,\n{len(small)} small"
+    axes.text(1.01, 0.5, text, transform=axes.transAxes, va="center", fontsize=8)
     axes.yaxis.get_major_locator().set_params(integer=True, nbins=2)
     axes.grid(alpha=0.3)
 
