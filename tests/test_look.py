@@ -326,7 +326,7 @@ def test_near_duplicates_are_warned_of(tmp_path, capsys):
     (tmp_path / "Berlin3.png").write_bytes((tmp_path / "Lund1.png").read_bytes())
     text = looked_at(capsys, path, "--out", tmp_path / "out")
     assert "near-duplicates are in several splits of Oslo: a group, or --split grouped" in text
-    assert "near-duplicates are in several centres, of Berlin, Lund: keep them in one" in text
+    assert "near-duplicates are in several centres, of Berlin, Lund: keep each in one" in text
     oslo = cells(text, "files of", "Oslo")
     assert (oslo["alike"], oslo["across splits"], oslo["across centres"]) == ("20", "20", "0")
     berlin = cells(text, "files of", "Berlin")

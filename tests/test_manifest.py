@@ -952,7 +952,8 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
     assert "left out: 3 files of several that may belong together" in text
     assert "left out: 1 files that are further channels" in text and "1_0001.png" in text
     assert "few images: A, C" in text
-    assert f"python fedgs.py --dataset {tmp_path / 'manifest.csv'}" in text
+    for program in ("-m tools.look", "fedgs.py"):
+        assert f": python {program} --dataset {tmp_path / 'manifest.csv'}\n" in text
 
 
 def test_a_manifest_elsewhere(cohort, tmp_path):

@@ -375,8 +375,8 @@ def remarks(
     if alike and any(alike.across_centres.values()):
         centres = ", ".join(+alike.across_centres)
         lines.append(
-            f"near-duplicates are in several centres, of {centres}: keep them in one, or a test "
-            "is of images that were trained on"
+            f"near-duplicates are in several centres, of {centres}: keep each in one of them, or "
+            "a test is of what was trained on"
         )
     return lines
 
@@ -400,29 +400,38 @@ def check_trainable(config: fedgs.Config, federation: data.Federation) -> list[s
     return []
 
 
+def training_sizes(federation: data.Federation, seen: Sequence[Seen]) -> dict[str, Tensor]:
+    """{client: what tau is compared with, of each of its N training images (N,)}; inf for none"""
+    sizes = {client: [] for client in federation.train}
+    for one in seen:
+        if one.split == "train":
+            sizes[one.centre].append(one.smallest)
+    return {client: torch.tensor(smallest) for client, smallest in sizes.items()}
+
+
+def small_by(sizes: Mapping[str, Tensor], tau: float) -> dict[str, Tensor]:
+    """{client: which of its training images tau marks as small (N,)}
+
+    sizes: as from `training_sizes`
+    """
+    # Whatever flags somebody has written down, they were made with another tau.
+    return {client: x.isfinite() & (x >= tau) for client, x in sizes.items()}
+
+
 def describe_suggestion(
     config: fedgs.Config, federation: data.Federation, seen: Sequence[Seen]
 ) -> str:
     """The suggestion of tau and l, its reason, and what it would do."""
     # From training images alone: nothing may be chosen by those that are tested on.
-    sizes = {client: [] for client in federation.train}
-    known = []
-    for one in seen:
-        if one.split == "train":
-            sizes[one.centre].append(one.smallest)
-            if one.lesions:
-                known.append(one.smallest)
-    if not known:
+    sizes = training_sizes(federation, seen)
+    known = torch.cat(list(sizes.values()))
+    known = known[known.isfinite()]
+    if not len(known):
         return "no suggestion: no training image has a lesion"
 
     paper = LITS if config.images == "slices" else POLYPGEN
-    tau, log_base = suggest(known, paper)
-
-    # Whatever flags somebody has written down, they were made with another tau.
-    small = {}
-    for client, smallest in sizes.items():
-        x = torch.tensor(smallest)
-        small[client] = x.isfinite() & (x >= tau)
+    tau, log_base = suggest(known.tolist(), paper)
+    small = small_by(sizes, tau)
     effects = predict(replace(config, log_base=log_base), federation, small)
     if not effects:
         return f"no suggestion: no centre has {config.batch_size} training images for a batch"
