@@ -945,17 +945,19 @@ def groups_by_looks(thumbnails: Tensor) -> list[int]:
     centred = thumbnails.double() - thumbnails.double().mean(dim=1, keepdim=True)
     vectors = F.normalize(centred, dim=1)
 
-    # A block of rows of the N x N matrix at a time, as only few of its entries matter.
+    # A block of rows of the N x N matrix at a time, as few of its entries matter. It is symmetric:
+    # what is to the left of the diagonal has been there in the blocks before.
     links = []
     for start in range(0, len(vectors), 512):
         rows = vectors[start : start + 512]
-        first, second = torch.nonzero(rows @ vectors.T > ALIKE, as_tuple=True)
-        links.append(torch.stack([first + start, second]))
+        alike = rows @ vectors[start:].T > ALIKE
+        links.append((alike.nonzero().int() + start).T)
     first, second = torch.cat(links, dim=1).numpy()
 
     count = len(vectors)
-    graph = coo_array((np.ones(len(first)), (first, second)), shape=(count, count))
-    _, groups = connected_components(graph)
+    linked = np.ones(len(first), bool)
+    graph = coo_array((linked, (first, second)), shape=(count, count))
+    _, groups = connected_components(graph, directed=False)
     return groups.tolist()
 
 

@@ -123,7 +123,7 @@ def test_centres_that_cannot_be_used_are_left_out(tmp_path, capsys):
         (tmp_path / f"Lund{i}.png").unlink()
     text = looked_at(capsys, path, "--out-centre", "Oslo")
     assert "Oslo is left out here, and would end a run: the masks of centre Oslo are all" in text
-    assert "Lund is left out here, and would end a run: none of its 2 files can be used" in text
+    assert "Lund is left out here, and would end a run: no file of 2 can be used: " in text
     assert "suggestion" in text and "held out" not in text
     assert cells(text, "files of", "Lund")["unusable"] == "2"
     assert "too little to train on" not in text
@@ -134,8 +134,21 @@ def test_where_nothing_can_be_used_one_line_says_why(tmp_path, capsys):
     for i in range(3):
         (tmp_path / f"Oslo{i}.png").unlink()
     code = exit_code(look.main, ["--dataset", path, "--image-size", "32", "--out", tmp_path / "o"])
-    refused(capsys, code, "no centre can be used; of Oslo: none of its 3 files can be used")
+    refused(capsys, code, "no centre can be used, as Oslo: no file of 3 can be used: ", "no file")
     assert not (tmp_path / "o").exists()
+
+
+def test_lesions_that_all_vanish_leave_tables(tmp_path, capsys):
+    path = manifest_of(tmp_path, {"Oslo": 12})
+    mask = Image.new("L", (480, 320))
+    mask.putpixel((3, 3), 1)
+    for i in range(12):
+        mask.save(tmp_path / f"Oslo{i}_mask.png")
+    text = looked_at(capsys, path, "--out", tmp_path / "out")
+    assert "12 lesions vanish at 32x32" in text
+    assert cells(text, "lesions of", "Oslo")["with one"] == "0"
+    assert "no suggestion: no training image has a lesion" in text
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["look.csv"]
 
 
 def test_bad_frames_in_the_published_layout(square_root, tmp_path, capsys):

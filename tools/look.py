@@ -59,13 +59,14 @@ def load_usable(
     skip = {file.path for file in bad}
     checked = count_by_centre(files)
     unusable = count_by_centre(bad)
+    problems = {file.centre: file.problem for file in bad}
 
     # What is wrong with one centre's masks says nothing of the others.
     loaded = []
     left_out = {}
     for centre in config.centres:
-        if checked[centre] and checked[centre] == unusable[centre]:
-            left_out[centre] = f"none of its {checked[centre]} files can be used"
+        if centre in problems and checked[centre] == unusable[centre]:
+            left_out[centre] = f"no file of {checked[centre]} can be used: {problems[centre]}"
             continue
         try:
             loaded.append(fedgs.load_data(config, [centre], skip))
@@ -74,7 +75,7 @@ def load_usable(
 
     if not loaded:
         centre, why = next(iter(left_out.items()))
-        raise UserError(f"no centre can be used; of {centre}: {why}")
+        raise UserError(f"no centre can be used, as {centre}: {why}")
     return joined(loaded), left_out
 
 
@@ -406,7 +407,7 @@ def training_sizes(federation: data.Federation, seen: Sequence[Seen]) -> dict[st
     for one in seen:
         if one.split == "train":
             sizes[one.centre].append(one.smallest)
-    return {client: torch.tensor(smallest) for client, smallest in sizes.items()}
+    return {client: torch.tensor(x, dtype=torch.float64) for client, x in sizes.items()}
 
 
 def small_by(sizes: Mapping[str, Tensor], tau: float) -> dict[str, Tensor]:
@@ -504,11 +505,13 @@ def look(given: Mapping, out: Path | None = None) -> tuple[list[Seen], dict[str,
 
     # Files last: where a picture cannot be drawn, the tables have been read already.
     if out:
+        write_text(out / "look.csv", to_csv(csv_rows(seen, bad, numbers, federation.source)))
+        print(f"\nin {out}: look.csv, a row for each image")
+    if out and any(one.lesions for one in seen):
         title = f"A first look at {federation.source}"
         figure = pictures.draw_look(seen, config.tau, config.log_base, title, SHOWN)
-        write_text(out / "look.csv", to_csv(csv_rows(seen, bad, numbers, federation.source)))
         pictures.save_figure(out / "look.png", figure)
-        print(f"\nin {out}: look.png, and look.csv with a row for each image")
+        print(f"in {out}: look.png, with the smallest lesions")
     return seen, effects
 
 
