@@ -58,6 +58,12 @@ def test_clients_count_by_their_steps():
     assert total == pytest.approx((0.2, 0.3, 1.2))
 
 
+def test_many_images_are_the_same_as_few(varied):
+    many = varied.subset([0, 1, 2, 3, 4, 5, 6] * 20)
+    few = effects.effect_on(varied, varied.small, 20, 1)
+    assert effects.effect_on(many, many.small, 20, 1) == pytest.approx(few)
+
+
 def test_images_without_a_lesion_are_no_share_of_anything(varied):
     empty = varied.subset([6])
     assert effects.effect_on(empty, empty.small, 20, 1) == (0, 0, 1)

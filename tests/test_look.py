@@ -129,6 +129,14 @@ def test_centres_that_cannot_be_used_are_left_out(tmp_path, capsys):
     assert "too little to train on" not in text
 
 
+def test_a_held_out_centre_may_come_first(tmp_path, capsys):
+    path = manifest_of(tmp_path, {"Berlin": 10, "Oslo": 12, "Lund": 11})
+    text = looked_at(capsys, path, "--out-centre", "Berlin", "--out", tmp_path / "out")
+    assert cells(text, "lesions of", "Berlin (held out)")["images"] == "10"
+    splits = {row["split"] for row in rows(tmp_path / "out" / "look.csv")[:10]}
+    assert splits == {"out_test"}
+
+
 def test_where_nothing_can_be_used_one_line_says_why(tmp_path, capsys):
     path = manifest_of(tmp_path, {"Oslo": 3})
     for i in range(3):
@@ -136,6 +144,14 @@ def test_where_nothing_can_be_used_one_line_says_why(tmp_path, capsys):
     code = exit_code(look.main, ["--dataset", path, "--image-size", "32", "--out", tmp_path / "o"])
     refused(capsys, code, "no centre can be used, as Oslo: no file of 3 can be used: ", "no file")
     assert not (tmp_path / "o").exists()
+
+
+def test_where_lesions_are_not_measured_as_the_rule_does_it_is_said(tmp_path, capsys):
+    path = manifest_of(tmp_path, {"Oslo": 12})
+    said = "small is what is small at 512x512: a suggestion is best made there"
+    assert said in looked_at(capsys, path)
+    assert exit_code(look.main, ["--dataset", path]) == 0
+    assert said not in capsys.readouterr().out
 
 
 def test_lesions_that_all_vanish_leave_tables(tmp_path, capsys):

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 import data
@@ -45,8 +46,14 @@ def effect_on(images: data.Images, small: Tensor, log_base: float, batch_size: i
     with_lesion = int(images.inverse_area.isfinite().sum())
     share = int(small.sum()) / max(with_lesion, 1)
 
-    # With the masks as they are: the method's own function tells the difficulties.
-    _, difficulty, _ = fedgs.mask_difficulty(images.masks, small, log_base)
+    # The method's own function tells the difficulties, of a few images at a time: it needs eight
+    # bytes for each pixel.
+    parts = []
+    for masks, flags in zip(images.masks.split(64), small.split(64), strict=True):
+        _, difficulties, _ = fedgs.mask_difficulty(masks, flags, log_base)
+        parts.append(difficulties)
+    difficulty = torch.cat(parts)
+
     difficult = int((difficulty > 0).sum())
     scaled = expected_scaled(len(images), difficult, batch_size)
 

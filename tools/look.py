@@ -392,13 +392,19 @@ def first_of(heading: str, lines: Sequence[str]) -> list[str]:
     return shown
 
 
-def check_trainable(config: fedgs.Config, federation: data.Federation) -> list[str]:
-    """Whether what can be used is enough to train on: a line if not."""
+def remarks_on_size(config: fedgs.Config, federation: data.Federation) -> list[str]:
+    """Whether there is enough to train on, and lesions are as large here as for the rule."""
+    lines = []
     try:
         options.check_sizes(config, federation.facts)
     except UserError as error:
-        return [f"too little to train on: {error}"]
-    return []
+        lines.append(f"too little to train on: {error}")
+
+    # A lesion of a few pixels has another share of the image at another size.
+    rule = data.RULE_SIZE
+    if config.images != "slices" and config.image_size != rule:
+        lines.append(f"small is what is small at {rule}x{rule}: a suggestion is best made there")
+    return lines
 
 
 def training_sizes(federation: data.Federation, seen: Sequence[Seen]) -> dict[str, Tensor]:
@@ -490,7 +496,7 @@ def look(given: Mapping, out: Path | None = None) -> tuple[list[Seen], dict[str,
     # What there is.
     size = f"{config.image_size}x{config.image_size}"
     print(f"{federation.source}, {federation.place}; looked at with {size} pixels")
-    notes = [*federation.notes, *check_trainable(config, federation)]
+    notes = [*federation.notes, *remarks_on_size(config, federation)]
     for line in [*notes, *remarks(seen, bad, left_out, alike)]:
         print(f"  {line}")
     print("\n" + files_table(files, bad, seen, alike))
