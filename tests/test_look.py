@@ -280,6 +280,11 @@ def test_tau_is_compared_with_the_smallest_lesion_of_images_and_with_all_of_slic
     assert slices[5].lesions == 2
 
 
+def test_tau_marks_lesions_that_are_as_small_or_smaller():
+    sizes = {"A": torch.tensor([149.9, 150, 151, math.inf], dtype=torch.float64)}
+    assert look.small_by(sizes, 150)["A"].tolist() == [False, True, True, False]
+
+
 def test_quantiles_are_those_of_images_with_a_lesion(varied):
     seen = [look.see(varied, i, "train", "colour") for i in (0, 1, 6)]
     text = look.lesions_table(seen, "")
@@ -294,7 +299,7 @@ def test_quantiles_are_those_of_images_with_a_lesion(varied):
     ("sizes", "text"),
     [
         ({(64, 48)}, "64x48"),
-        ({(64, 48), (0, 0), (30, 90), (20, 20)}, "20x20 to 64x48"),
+        ({(64, 48), (0, 0), (90, 20), (20, 20)}, "20x20 to 64x48"),
         ({(0, 0)}, "–"),
         (set(), "–"),
     ],

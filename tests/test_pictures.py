@@ -67,10 +67,12 @@ def draw_seen(seen, count=12):
 
 
 def bars(axes):
-    """Heights of a histogram's bars together: those of the others, and with the small ones."""
-    others, stacked = axes.containers
-    bottom = sum(bar.get_height() for bar in others)
-    return bottom, sum(bar.get_height() for bar in stacked)
+    """Heights of a histogram's bars together: those of the others, and of the small ones."""
+    others, small = axes.containers
+    for below, above in zip(others, small, strict=True):
+        assert above.get_y() == below.get_height()  # upon each other
+        assert above.get_width() == below.get_width()
+    return sum(bar.get_height() for bar in others), sum(bar.get_height() for bar in small)
 
 
 def test_a_look_has_a_histogram_for_each_centre(varied):

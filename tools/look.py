@@ -101,8 +101,7 @@ def joined(federations: Sequence[data.Federation]) -> data.Federation:
 def without(config: fedgs.Config, left_out: Collection[str]) -> fedgs.Config:
     """The configuration without centres that cannot be used."""
     centres = tuple(centre for centre in config.centres if centre not in left_out)
-    out_centre = "" if config.out_centre in left_out else config.out_centre
-    return replace(config, centres=centres, out_centre=out_centre)
+    return replace(config, centres=centres)
 
 
 def parts_of(federation: data.Federation, centre: str) -> dict[str, data.Images]:
