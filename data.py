@@ -30,7 +30,7 @@ import itertools
 import math
 import operator
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
@@ -41,8 +41,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage
+from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from scipy.spatial.distance import pdist, squareform
 from torch import Tensor
 from tqdm import tqdm
 
@@ -297,6 +297,7 @@ def load(
     lesion: Sequence[int] = (),
     window: Sequence[float] = (),
     only: Sequence[str] | None = None,
+    skip: Container[Path] = (),
     cache: str = "",
 ) -> Federation:
     """Read a data set, and split it into clients and a held-out centre.
@@ -306,7 +307,8 @@ def load(
     1/tau of its image; split: "fold" (published folds), "centre" (published per-centre split),
     "grouped" (folds, near-duplicate frames kept together) or "given" (a manifest's own); kind,
     lesion, window: Config's images, lesion and window; only: the centres to load here, None for
-    all; cache: folder for what is drawn or decoded once, by default beside the data.
+    all; skip: files of images, or of volumes, that are left out; cache: folder for what is drawn or
+    decoded once, by default beside the data.
     Raises UserError for files and masks that cannot be used, and a cache that cannot be written.
     """
     wanted = [centre for centre in centres if only is None or centre in only]
@@ -321,12 +323,13 @@ def load(
 
     # All files are listed before the first is decoded: what is missing is said at once.
     if dataset == "lits":
-        found = list_lits(root, wanted, window, cache)
+        found = list_lits(root, wanted, window, skip, cache)
     elif dataset == "polypgen":
         clients = [centre for centre in wanted if centre != out_centre]
-        found = list_polypgen(root, wanted, tau, clients if split == "grouped" else [], kind)
+        grouped = clients if split == "grouped" else []
+        found = list_polypgen(root, wanted, tau, grouped, kind, skip)
     else:
-        found = list_own(root, wanted, kind, lesion, window, split, cache)
+        found = list_own(root, wanted, kind, lesion, window, split, skip, cache)
 
     # A stand-in brings its flags along, but nobody has written them down.
     source = found.source
@@ -427,6 +430,7 @@ def list_polypgen(
     tau: float,
     grouped: Sequence[str] = (),
     kind: str = "colour",
+    skip: Container[Path] = (),
 ) -> Listing:
     """The images of these centres, sorted by file name.
 
@@ -436,7 +440,7 @@ def list_polypgen(
     """
     records = []
     for centre in centres:
-        pairs = list_pairs(root, centre)
+        pairs = [pair for pair in list_pairs(root, centre) if pair[0] not in skip]
         names = [image.stem for image, _ in pairs]
 
         # Each image is a group of its own, unless near-duplicates are looked for.
@@ -545,7 +549,11 @@ def read_groups(root: Path, centre: str, names: Sequence[str]) -> dict[str, str]
 
 
 def list_lits(
-    root: Path, centres: Sequence[str], window: Sequence[float] = (), cache: str = ""
+    root: Path,
+    centres: Sequence[str],
+    window: Sequence[float] = (),
+    skip: Container[Path] = (),
+    cache: str = "",
 ) -> Listing:
     """The slices of these centres with a tumour, volume by volume in the published order.
 
@@ -560,21 +568,18 @@ def list_lits(
         if number > last:
             raise UserError(f"{path}: LiTS numbers its volumes from 0 to {last}")
 
-    cut = volumes.LITS
-    if window:
-        cut = cut._replace(window=tuple(window))
-    cache_folder = Path(cache or root / CACHE)
     records = []
     for centre in centres:
         found = volumes.find_volumes(root, LITS_VOLUMES[centre])
-        numbers = [number for number in published_order(centre) if number in found]
+        present = [number for number in published_order(centre) if number in found]
+        numbers = [number for number in present if found[number][0] not in skip]
         before = len(records)
         for number in tqdm(
             numbers, desc=f"cutting slices of {centre}", unit="volume", leave=False, disable=None
         ):
             # No patient is in two splits.
             group = f"volume-{number}"
-            cut_volume = volumes.slice_files(*found[number], cache_folder / group, cut)
+            cut_volume = cut_lits(root, number, found[number], window, cache)
             records.extend(slice_records(centre, group, group, cut_volume))
 
         if len(records) == before:
@@ -586,6 +591,20 @@ def list_lits(
 
     rule = f"slices with more than {volumes.TUMOUR_PIXELS} tumour pixels"
     return Listing("LiTS", "slices", rule, "published size flags", records, folders, {})
+
+
+def cut_lits(
+    root: Path, number: int, pair: tuple[Path, Path], window: Sequence[float], cache: str
+) -> volumes.SliceFiles:
+    """The slices of one of LiTS's volumes, cut where they are not in the cache yet.
+
+    pair: the volume and its segmentation
+    """
+    cut = volumes.LITS
+    if window:
+        cut = cut._replace(window=tuple(window))
+    folder = Path(cache or root / CACHE) / f"volume-{number}"
+    return volumes.slice_files(*pair, folder, cut)
 
 
 def slice_records(
@@ -620,6 +639,7 @@ def list_own(
     lesion: Sequence[int],
     window: Sequence[float],
     split: str,
+    skip: Container[Path] = (),
     cache: str = "",
 ) -> Listing:
     """The images of these centres in a manifest, or its volumes' slices with a lesion.
@@ -627,7 +647,7 @@ def list_own(
     Raises UserError for centres that it does not have, options that do not suit it, files that
     cannot be read, and masks that cannot be understood or hold no lesion.
     """
-    rows = manifest.read(path)
+    rows = [row for row in manifest.read(path) if row.image not in skip]
     check_suits(path, rows, centres, kind, split)
     of_centre = {}
     folders = set()
@@ -642,8 +662,8 @@ def list_own(
             if kind == "slices":
                 volumes.check_geometry(row.image, row.mask)
 
-    cut = volumes.Cut(tuple(window), tuple(lesion), fewest=1)
-    cache_folder = Path(cache or path.parent / CACHE)
+    cut = volumes.Cut(tuple(window), tuple(lesion))
+    cache_folder = cache_of(path, cache)
     records = []
     masks = {}
     for centre in centres:
@@ -705,10 +725,7 @@ def slices_of_rows(
     lesion = {}  # labels -> the first segmentation that has them
     bar = tqdm(rows, desc=f"cutting slices of {centre}", unit="volume", leave=False, disable=None)
     for row in bar:
-        # Volumes of two folders may have the same name, and a volume may be cut in several ways.
-        number = zlib.crc32(repr([str(row.image.resolve()), cut]).encode())
-        folder = cache / f"{manifest.base_name(row.image)}-{number:08x}"
-        found = volumes.slice_files(row.image, row.mask, folder, cut)
+        found = cut_row(row, cut, cache)
         records.extend(slice_records(centre, row.name, row.unit, found, row.split))
 
         if found.lesion:
@@ -726,6 +743,19 @@ def slices_of_rows(
             "values with --lesion, or leave it out with --centres"
         )
     return records, next(iter(lesion))
+
+
+def cache_of(path: Path, cache: str) -> Path:
+    """Where the slices of a manifest's volumes are kept. cache: as given"""
+    return Path(cache or path.parent / CACHE)
+
+
+def cut_row(row: manifest.Row, cut: volumes.Cut, cache: Path) -> volumes.SliceFiles:
+    """The slices of the volume of a row, cut where they are not in the cache yet."""
+    # Volumes of two folders may have the same name, and a volume may be cut in several ways.
+    number = zlib.crc32(repr([str(row.image.resolve()), cut]).encode())
+    folder = cache / f"{manifest.base_name(row.image)}-{number:08x}"
+    return volumes.slice_files(row.image, row.mask, folder, cut)
 
 
 # ---------------------------------------------------------------------------------------- decoding
@@ -791,16 +821,7 @@ def read_record(record: Record, reading: Reading) -> Decoded:
     """Read, check, measure and resize one image. Raises UserError naming the file."""
     image = open_image(record.image, reading.mode, reading.window)
     lesion = Image.fromarray(is_lesion(open_mask(record.mask), record.lesion))
-
-    # A mask of another shape was cropped, or is that of another image.
-    stretch = abs(image.width * lesion.height - image.height * lesion.width)
-    if stretch > 0.01 * image.width * lesion.height:
-        turned = lesion.size == (image.height, image.width)
-        why = " (one of them is turned, perhaps as EXIF says)" if turned else ""
-        raise UserError(
-            f"{record.mask} is {lesion.width}x{lesion.height}, its image "
-            f"{image.width}x{image.height}{why}"
-        )
+    check_proportions(record.mask, lesion.size, image.size)
 
     area, by_rule = measure_lesion(lesion, reading)
     small = by_rule if record.small is None else record.small
@@ -815,6 +836,18 @@ def read_record(record: Record, reading: Reading) -> Decoded:
     pixels = image.resize((size, size), Image.Resampling.BILINEAR)
     lesion = lesion.resize((size, size), Image.Resampling.NEAREST)
     return Decoded(np.asarray(pixels), np.asarray(lesion), area, small, spacing)
+
+
+def check_proportions(mask: Path, size: tuple[int, int], of_image: tuple[int, int]) -> None:
+    """Raise UserError for a mask of another shape than its image. Sizes are width and height."""
+    # It was cropped, or is that of another image.
+    width, height = size
+    image_width, image_height = of_image
+    stretch = abs(image_width * height - image_height * width)
+    if stretch > 0.01 * image_width * height:
+        turned = size == (image_height, image_width)
+        why = " (one of them is turned, perhaps as EXIF says)" if turned else ""
+        raise UserError(f"{mask} is {width}x{height}, its image {image_width}x{image_height}{why}")
 
 
 # --------------------------------------------------------------------------------- size of lesions
@@ -886,7 +919,8 @@ def units_of(records: Sequence[Record], reading: Reading) -> list[list[int]]:
 
     # Where nobody has written down the groups.
     if not all(groups):
-        groups = groups_by_looks(decode(records[0].centre, records, reading))
+        decoded = decode(records[0].centre, records, reading)
+        groups = groups_by_looks(thumbnails(decoded))
 
     units = {}
     for i, group in enumerate(groups):
@@ -894,11 +928,36 @@ def units_of(records: Sequence[Record], reading: Reading) -> list[list[int]]:
     return list(units.values())
 
 
-def groups_by_looks(images: Images) -> list[int]:
-    """A group for each image: frames are linked whose 32 x 32 thumbnails correlate above 0.97."""
-    thumbnails = F.adaptive_avg_pool2d(images.images.float(), 32).flatten(1).numpy()
-    distances = squareform(pdist(thumbnails, "correlation"))
-    _, groups = connected_components(distances < 0.03)
+ALIKE = 0.97  # correlation of two thumbnails above which their images are near-duplicates
+
+
+def thumbnails(images: Images) -> Tensor:
+    """32 x 32 versions of images, (N, 32 * 32 * channels) float32."""
+    # A few at a time: as floats all of them may not fit in memory.
+    small = [F.adaptive_avg_pool2d(some.float(), 32) for some in images.images.split(64)]
+    return torch.cat(small).flatten(1)
+
+
+def groups_by_looks(thumbnails: Tensor) -> list[int]:
+    """A group for each of N images: those are linked whose thumbnails (N, D) are alike."""
+    # The correlation is the product of vectors of mean 0 and length 1. A plain image has no length,
+    # and is like no other.
+    centred = thumbnails.double() - thumbnails.double().mean(dim=1, keepdim=True)
+    vectors = F.normalize(centred, dim=1)
+
+    # A block of rows of the N x N matrix at a time, as few of its entries matter. It is symmetric:
+    # what is to the left of the diagonal has been there in the blocks before.
+    links = []
+    for start in range(0, len(vectors), 512):
+        rows = vectors[start : start + 512]
+        alike = rows @ vectors[start:].T > ALIKE
+        links.append((alike.nonzero().int() + start).T)
+    first, second = torch.cat(links, dim=1).numpy()
+
+    count = len(vectors)
+    linked = np.ones(len(first), bool)
+    graph = coo_array((linked, (first, second)), shape=(count, count))
+    _, groups = connected_components(graph, directed=False)
     return groups.tolist()
 
 

@@ -35,8 +35,9 @@ import itertools
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -1096,8 +1097,10 @@ def open_local_clients(config: Config, centres: Sequence[str]) -> LocalClients:
     return LocalClients(flat, federation, config, kernels)
 
 
-def load_data(config: Config, centres: Sequence[str]) -> data.Federation:
-    """The images of these centres, of the data set of a configuration."""
+def load_data(
+    config: Config, centres: Sequence[str], skip: Container[Path] = ()
+) -> data.Federation:
+    """The images of these centres, of the data set of a configuration, but for files to skip."""
     return data.load(
         config.dataset,
         data.find(config.dataset, config.data_root),
@@ -1111,6 +1114,7 @@ def load_data(config: Config, centres: Sequence[str]) -> data.Federation:
         lesion=config.lesion,
         window=config.window,
         only=centres,
+        skip=skip,
         cache=config.cache,
     )
 

@@ -1,10 +1,11 @@
-"""The pictures: curves over rounds, outlined predictions, anatomy, methods side by side.
+"""The pictures: a first look, curves over rounds, outlined predictions, anatomy, comparisons.
 
 Each is a matplotlib Figure of its own, without pyplot's global state. matplotlib is imported inside
 the functions: it is slow, and training does not need it.
 """
 
 import itertools
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from metrics import Evaluation
@@ -46,6 +48,146 @@ def new_figure(title: str, width: float, height: float) -> "Figure":
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=12)
     return figure
+
+
+# ---------------------------------------------------------------------------- a first look at data
+
+
+MOST_PANELS = 8  # centres with a histogram each; of more there is one of them all
+COLUMNS = 6  # images beside each other
+
+
+def draw_look(seen: Sequence[Any], tau: float, log_base: float, title: str, count: int) -> "Figure":
+    """Sizes of lesions by centre, the difficulty of each image, and the smallest lesions.
+
+    seen: a tools.look.Seen of each image, one at least with a lesion; count: images to show.
+    """
+    with_lesion = [one for one in seen if one.lesions]
+    groups = by_centre(with_lesion)
+    chosen = smallest_of(with_lesion, count)
+    lines = math.ceil(len(chosen) / COLUMNS)
+
+    # Heights in inches: what there is to show decides about them.
+    height_of_plots = 0.8 * len(groups) + 2.8
+    height_of_images = 2.5 * lines + 0.4
+    heights = (height_of_plots, height_of_images)
+    figure = new_figure(title, 12, sum(heights) + 0.3)
+    above, below = figure.subfigures(2, 1, height_ratios=heights)
+
+    # A panel for each centre, and one for the difficulty, all with the same horizontal axis.
+    ratios = [0.8] * len(groups) + [2.2]
+    *panels, last = above.subplots(len(groups) + 1, 1, sharex=True, height_ratios=ratios)
+    edges = bar_edges(with_lesion)
+    for axes, (name, group) in zip(panels, groups.items(), strict=True):
+        draw_sizes(axes, name, group, edges)
+        axes.axvline(tau, color="0.3", linestyle="dotted")
+    panels[0].set_title("images by the size of their lesions: small ones in red", fontsize=11)
+    draw_difficulties(last, with_lesion, edges, tau, log_base)
+
+    below.suptitle("the smallest lesions, as the network sees them", fontsize=11)
+    grid = below.subplots(lines, COLUMNS, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, one in zip(grid.flat, chosen, strict=False):
+        draw_seen(axes, one)
+    return figure
+
+
+def by_centre(seen: Sequence[Any]) -> dict[str, list[Any]]:
+    """{centre: its images}; all of them together where there are too many centres."""
+    groups = {}
+    for one in seen:
+        groups.setdefault(one.centre, []).append(one)
+    if len(groups) > MOST_PANELS:
+        return {f"{len(groups)} centres": list(seen)}
+    return groups
+
+
+def smallest_of(seen: Sequence[Any], count: int) -> list[Any]:
+    """The images with the smallest lesions, one of each volume."""
+
+    def smallest_first(one: Any) -> tuple:
+        return -one.smallest, one.centre, one.name
+
+    # Neighbouring slices of a volume show the same.
+    chosen = {}
+    for one in sorted(seen, key=smallest_first):
+        volume, _, _ = one.name.partition("_slice-")
+        chosen.setdefault((one.centre, volume), one)
+    return list(chosen.values())[:count]
+
+
+def areas_of(seen: Sequence[Any], small: bool) -> np.ndarray:
+    """1/a of the images that count as small, or of the others."""
+    return np.array([one.inverse_area for one in seen if one.small == small])
+
+
+def bar_edges(seen: Sequence[Any]) -> np.ndarray:
+    """Where the bars of all histograms end, equally wide on a logarithmic axis."""
+    areas = [one.inverse_area for one in seen]
+    return np.geomspace(0.99 * min(areas), 1.01 * max(areas), 31)
+
+
+def draw_sizes(axes: "Axes", name: str, seen: Sequence[Any], edges: np.ndarray) -> None:
+    """A histogram of 1/a: images that count as small upon those that do not."""
+    small = areas_of(seen, small=True)
+    others = areas_of(seen, small=False)
+    axes.hist([others, small], edges, stacked=True, color=[SKY, RED])
+
+    axes.set_ylabel(name, rotation="horizontal", ha="right", va="center")
+    text = f"{len(seen)} with a lesion,\n{len(small)} small"
+    axes.text(1.01, 0.5, text, transform=axes.transAxes, va="center", fontsize=8)
+    axes.yaxis.get_major_locator().set_params(integer=True, nbins=2)
+    axes.grid(alpha=0.3)
+
+
+def draw_difficulties(
+    axes: "Axes", seen: Sequence[Any], edges: np.ndarray, tau: float, log_base: float
+) -> None:
+    """δ over 1/a: the curve, and a point for each image, at 0 for those that are not small."""
+    x = np.geomspace(edges[0], edges[-1], 200)
+    axes.plot(x, difficulty_of(x, log_base), color=GREEN, label=f"δ where small, l = {log_base:g}")
+    axes.axvline(tau, color="0.3", linestyle="dotted", label=f"τ = {tau:g}")
+
+    # Points to the left of τ are of images in which one of several lesions is small.
+    small = areas_of(seen, small=True)
+    others = areas_of(seen, small=False)
+    axes.plot(small, difficulty_of(small, log_base), ".", color=RED, label="small")
+    axes.plot(others, np.zeros(len(others)), ".", color=SKY, label="not small: δ = 0")
+
+    axes.set(xscale="log", ylabel="difficulty δ", ylim=(-0.05, 1.05))
+    axes.set_xlabel("1/a: pixels of an image / pixels of all its lesions")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.legend(fontsize=8, loc="upper left")
+    axes.grid(alpha=0.3)
+
+
+def difficulty_of(inverse_area: np.ndarray, log_base: float) -> np.ndarray:
+    """δ of images that are small."""
+    return np.tanh((np.log(inverse_area) / np.log(log_base)) ** 2)
+
+
+def draw_seen(axes: "Axes", one: Any) -> None:
+    """An image with the outlines of its lesions, and how large they are."""
+    pixels = one.images.images[one.i].permute(1, 2, 0).numpy()
+    axes.imshow(pixels, cmap="gray", vmin=0, vmax=255)
+    mask = one.images.masks[one.i, 0].numpy()
+    outline(axes, mask, SKY, "solid")
+    ring_smallest(axes, mask)
+
+    facts = f"lesion: 1/{one.inverse_area:.0f} of the image"
+    if one.lesions > 1:
+        facts = f"lesions: 1/{one.inverse_area:.0f}, smallest: 1/{one.smallest:.0f}"
+    axes.set_title(f"{one.centre}, {one.name[-24:]}\n{facts}", fontsize=8)
+
+
+def ring_smallest(axes: "Axes", mask: np.ndarray) -> None:
+    """A ring around the smallest lesion of a mask (H, W)."""
+    # A lesion of a few pixels is smaller than its outline is wide.
+    components, _ = ndimage.label(mask, structure=np.ones((3, 3)))
+    smallest = np.bincount(components.ravel())[1:].argmin() + 1
+    row, column = ndimage.center_of_mass(components == smallest)
+    axes.plot(column, row, "o", markersize=14, fillstyle="none", color="white")
 
 
 # ----------------------------------------------------------------------------------- a run's rounds

@@ -133,8 +133,12 @@ def is_saved_in_colour(path: Path) -> bool:
 
 
 def shows_colour(path: Path) -> bool:
-    """Whether there are colours in an image. Raises UserError naming the file."""
-    spread = colour_spread(open_image(path, "RGB"))
+    """Whether there are colours in an image."""
+    try:
+        image = open_image(path, "RGB")
+    except UserError:
+        return False  # it is named when it is read
+    spread = colour_spread(image)
     return bool((spread > COLOUR_SPREAD).mean() > 0.001)
 
 

@@ -170,7 +170,7 @@ class Cut(NamedTuple):
 
     window: tuple[float, ...]  # what becomes grey 0 and 255; empty: percentiles of each volume
     lesion: tuple[int, ...]  # labels that are lesion; empty: the only one beside 0
-    fewest: int  # pixels of lesion that a slice is kept for
+    fewest: int = 1  # pixels of lesion that a slice is kept for
     labels: tuple[int, ...] = ()  # that there may be; empty: all whole numbers from 0 on
 
 

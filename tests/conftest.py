@@ -1,6 +1,7 @@
 """What the tests share: where the real data is, tiny runs, and what a refusal looks like."""
 
 import csv
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -158,6 +159,19 @@ def square_images(
         small=torch.full((count,), small),
         spacing=torch.ones(count, 2, dtype=torch.float64),
     )
+
+
+@pytest.fixture
+def varied(generator):
+    """Seven training images of a client: 2 lesions that count as small, 4 others, 1 empty."""
+    images = square_images("C1", 7, generator, size=16, small=False)
+    images.masks[:] = 0
+    for i in range(6):
+        images.masks[i, :, : i + 1, :2] = 1
+    images.small[:2] = True
+    images.inverse_area = 256 / torch.arange(2, 16, 2).double()
+    images.inverse_area[6] = math.inf
+    return images
 
 
 @pytest.fixture(scope="session")

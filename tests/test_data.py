@@ -12,6 +12,7 @@ import torch
 from conftest import SHARED, exit_code, shrink_stand_ins
 from PIL import Image
 from scipy import ndimage
+from scipy.sparse.csgraph import connected_components
 from tiny_volumes import labels_of, write_volume
 
 import data
@@ -751,10 +752,31 @@ def test_near_duplicates_are_linked_by_their_looks(few, tmp_path):
     held = read_drawn_frames(tmp_path, size=64).out_test
     copies = held.subset([0, 1, 0, 2, 1, 3])
     copies.images[2] = (copies.images[2].float() * 0.9).byte()  # the same scene, less light
-    groups = data.groups_by_looks(copies)
+    groups = data.groups_by_looks(data.thumbnails(copies))
     assert groups[0] == groups[2]
     assert groups[1] == groups[4]
     assert len(set(groups)) == 4
+
+
+def test_near_duplicates_among_more_images_than_are_compared_at_once(generator):
+    """Groups are as by the whole matrix of correlations, and chains of images are one group."""
+    few = torch.randn(40, 30, generator=generator)
+    chosen = torch.randint(0, 40, (1100,), generator=generator)
+    chosen[0] = 39
+    chosen[1:1099] %= 39
+    chosen[1099] = 39  # in the first block, and in the last
+    thumbnails = few[chosen] + 0.16 * torch.randn(1100, 30, generator=generator)
+    thumbnails[5] = 7.0  # a plain image is like no other
+    thumbnails[6] = -thumbnails[0]  # nor is a negative like its image
+
+    with np.errstate(invalid="ignore"):
+        correlation = np.corrcoef(thumbnails.numpy())
+    _, expected = connected_components(np.nan_to_num(correlation) > 0.97)
+    groups = data.groups_by_looks(thumbnails)
+    assert groups == expected.tolist()
+    assert groups[0] == groups[1099]
+    assert groups.count(groups[5]) == groups.count(groups[6]) == 1
+    assert 40 < len(set(groups)) < 200
 
 
 def test_near_duplicates_are_looked_for_where_nobody_has_listed_them(frames):

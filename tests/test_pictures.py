@@ -10,8 +10,10 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+import fedgs
 import metrics
 from support import pictures
+from tools import look
 
 
 def drawn(figure, folder):
@@ -39,6 +41,98 @@ def test_a_file_in_the_format_of_its_suffix(tmp_path, suffix, begins):
     path = tmp_path / "new folder" / f"picture.{suffix}"
     pictures.save_figure(path, Figure())
     assert path.read_bytes().startswith(begins)
+
+
+# ---------------------------------------------------------------------------- a first look at data
+
+
+def seen_of(varied, **centres):
+    """What a look has seen of these images of each centre, {centre: indices}."""
+    seen = []
+    for centre, indices in centres.items():
+        for i in indices:
+            one = look.see(varied, i, "train", "colour")
+            seen.append(one._replace(centre=centre))
+    return seen
+
+
+def draw_seen(seen, count=12):
+    """The panels of a look's picture: histograms, difficulty, and images that are shown."""
+    figure = pictures.draw_look(seen, 40, 20, "a look", count)
+    figure.draw_without_rendering()
+    above, below = figure.subfigs
+    *histograms, difficulty = above.axes
+    images = [axes for axes in below.axes if axes.images]
+    return histograms, difficulty, images
+
+
+def bars(axes):
+    """Heights of a histogram's bars together: those of the others, and of the small ones."""
+    others, small = axes.containers
+    for below, above in zip(others, small, strict=True):
+        assert above.get_y() == below.get_height()  # upon each other
+        assert above.get_width() == below.get_width()
+    return sum(bar.get_height() for bar in others), sum(bar.get_height() for bar in small)
+
+
+def test_a_look_has_a_histogram_for_each_centre(varied):
+    seen = seen_of(varied, A=range(7), B=[1, 2, 3, 6])
+    histograms, difficulty, _ = draw_seen(seen)
+    assert [axes.get_ylabel() for axes in histograms] == ["A", "B"]
+    assert [bars(axes) for axes in histograms] == [(4, 2), (2, 1)]
+    assert [axes.texts[0].get_text() for axes in histograms] == [
+        "6 with a lesion,\n2 small",
+        "3 with a lesion,\n1 small",
+    ]
+    for axes in (*histograms, difficulty):
+        assert axes.get_xscale() == "log"
+        [line] = [line for line in axes.lines if line.get_linestyle() == ":"]
+        assert list(line.get_xdata()) == [40, 40]
+
+
+def test_a_look_at_many_centres_has_one_histogram(varied):
+    centres = {f"A{i}": [0, 2, 3] for i in range(9)}
+    [histogram], _, _ = draw_seen(seen_of(varied, **centres))
+    assert histogram.get_ylabel() == "9 centres"
+    assert bars(histogram) == (18, 9)
+    del centres["A8"]
+    assert len(draw_seen(seen_of(varied, **centres))[0]) == 8
+
+
+def test_a_look_shows_the_difficulty_of_every_image(varied):
+    _, axes, _ = draw_seen(seen_of(varied, A=range(7)))
+    points = {line.get_label(): line.get_xydata() for line in axes.lines}
+    small = points["small"]
+    inverse_area = varied.inverse_area[:2].numpy()
+    assert small[:, 0] == pytest.approx(inverse_area)
+
+    # As the method has it.
+    _, difficulty, _ = fedgs.mask_difficulty(varied.masks[:2], varied.small[:2], 20)
+    assert small[:, 1] == pytest.approx(difficulty.numpy())
+    assert points["not small: δ = 0"][:, 1].tolist() == [0] * 4
+
+
+def test_a_look_shows_the_smallest_lesions_first(varied):
+    varied.masks[5, 0, 10, 10] = 1
+    varied.names = list("abcdefg")
+    _, _, images = draw_seen(seen_of(varied, A=range(7)), count=4)
+    titles = [axes.get_title().splitlines() for axes in images]
+    assert [title for title, _ in titles] == ["A, f", "A, a", "A, b", "A, c"]
+    assert titles[0][1] == "lesions: 1/21, smallest: 1/256"
+    assert titles[1][1] == "lesion: 1/128 of the image"
+
+    # The ring is around the one pixel, whose column comes first.
+    [ring] = images[0].lines
+    assert ring.get_xydata().tolist() == [[10, 10]]
+    [ring] = images[3].lines
+    assert ring.get_xydata().tolist() == [[0.5, 1]]
+
+
+def test_a_look_shows_one_slice_of_a_volume(varied):
+    varied.names = ["v1_slice-3", "v1_slice-4", "v2_slice-4", "v2_slice-1", "e", "f", "g"]
+    _, _, images = draw_seen(seen_of(varied, A=[0, 1, 2, 3], B=[0]))
+    titles = [axes.get_title().splitlines()[0] for axes in images]
+    assert titles == ["A, v1_slice-3", "B, v1_slice-3", "A, v2_slice-4"]
 
 
 # ----------------------------------------------------------------------------------- a run's rounds

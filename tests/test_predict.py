@@ -387,12 +387,8 @@ def turned_affines():
     yield turn @ np.diag([-0.8, -0.8, 3, 1])
 
 
-@pytest.mark.parametrize(
-    ("sform", "qform"), [(1, 1), (2, 0), (0, 1), (0, 0)], ids=["both", "sform", "qform", "neither"]
-)
-def test_a_mask_lies_where_another_program_sees_its_volume(tmp_path, sform, qform):
-    """SimpleITK's physical points of the same index, and its voxels of the same place."""
-    sitk = pytest.importorskip("SimpleITK")
+def turned_volumes(folder, sform, qform):
+    """A volume in each of these orientations, with several scales. -> {name: path}"""
     slopes = itertools.cycle([(1, 0), (2.0, -1024.0), (None, None)])
     stored = np.random.default_rng(0).integers(-500, 1500, (16, 16, 5)).astype(np.int16)
     inputs = {}
@@ -401,15 +397,47 @@ def test_a_mask_lies_where_another_program_sees_its_volume(tmp_path, sform, qfor
         volume.set_sform(affine, sform)
         volume.set_qform(affine, qform)
         volume.header.set_slope_inter(*next(slopes))
-        path = tmp_path / f"scan{i}.nii.gz"
-        volume.to_filename(path)
-        inputs[path.name.removesuffix(".nii.gz")] = path
+        inputs[f"scan{i}"] = folder / f"scan{i}.nii.gz"
+        volume.to_filename(inputs[f"scan{i}"])
+    return inputs
 
+
+PLACE = (  # all that says where a volume lies: programs differ in which of it they read
+    *("sform_code", "srow_x", "srow_y", "srow_z", "qform_code", "pixdim"),
+    *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+)
+CODES = pytest.mark.parametrize(
+    ("sform", "qform"), [(1, 1), (2, 0), (0, 1), (0, 0)], ids=["both", "sform", "qform", "neither"]
+)
+
+
+@CODES
+def test_a_mask_lies_where_its_volume_does_in_any_orientation(tmp_path, sform, qform):
+    """A voxel of the mask and the voxel of the volume that it is about are at the same place."""
+    inputs = turned_volumes(tmp_path, sform, qform)
+    assert segment(inputs, tmp_path / "out", "slices", 16) == []
+    for name, path in inputs.items():
+        volume = nibabel.load(path)
+        mask = nibabel.load(tmp_path / "out" / f"{name}_mask.nii.gz")
+        assert mask.shape == volume.shape
+        assert np.array_equal(mask.affine, volume.affine)
+        for field in PLACE:
+            assert np.array_equal(mask.header[field], volume.header[field]), field
+
+        grey = np.round((np.clip(np.asarray(volume.dataobj), -200, 200) + 200) / 400 * 255)
+        assert 0 < (grey > 127).mean() < 1
+        assert np.array_equal(np.asarray(mask.dataobj), grey > 127)
+
+
+@CODES
+def test_a_mask_lies_where_another_program_sees_its_volume(tmp_path, sform, qform):
+    """SimpleITK's physical points of the same index, and its voxels of the same place."""
+    sitk = pytest.importorskip("SimpleITK")
+    inputs = turned_volumes(tmp_path, sform, qform)
     assert segment(inputs, tmp_path / "out", "slices", 16) == []
     for name, path in inputs.items():
         values = np.asarray(nibabel.load(path).dataobj)
         expected = np.round((np.clip(values, -200, 200) + 200) / 400 * 255) > 127
-        assert 0 < expected.mean() < 1
 
         volume = sitk.ReadImage(str(path))
         mask = sitk.ReadImage(str(tmp_path / "out" / f"{name}_mask.nii.gz"))

@@ -4,9 +4,10 @@
     python -m tools.look --data-root /data/polypgen
     python -m tools.look --dataset hospitals --tau 300 --log-base 200 --out look
 
-Prints a table of the centres, what tau and l (--tau, --log-base) would do to a client's steps, and
-a suggestion for both. With --out also writes look.png, with the images whose lesions are smallest,
-and look.csv, a row for each image. Nothing is overwritten.
+Reads every file, and names those that cannot be used. Of the others it prints what each centre has,
+what tau and l (--tau, --log-base) would do to the steps of its training, and a suggestion for both.
+With --out also writes look.png, with the images whose lesions are smallest, and look.csv, a row for
+each image. Nothing is overwritten.
 
 1/a is an image's size over that of its lesions together. Real images are looked at as --preset
 paper trains on them, drawn ones as --preset quick does.
@@ -14,27 +15,24 @@ paper trains on them, drawn ones as --preset quick does.
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
 import data
 import fedgs
-from support import manifest, options, pictures, runs, tables
+from support import options, pictures, runs, tables
 from support.errors import UserError, readable_errors
 from support.files import to_csv, write_text
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from tools.checks import File, check_files
+from tools.effects import LITS, POLYPGEN, Effect, predict, suggest
 
 # Options of a run that say which data, and what FedGS does with them.
 WHICH = (
@@ -43,112 +41,67 @@ WHICH = (
 )
 
 QUANTILES = (5, 25, 50, 75, 95)  # per cent
+LISTED = 10  # files that are listed by name; look.csv has all of them
+SHOWN = 12  # images in the picture
+FILLED = 0.9  # share of its image beyond which a lesion is suspicious
 
 
-# -------------------------------------------------------------------------------- closed forms
+# --------------------------------------------------------------------- centres, one after another
 
 
-def expected_eta(difficulty: Tensor) -> float:
-    """Mean eta of a client's steps, from the difficulties (N,) of its N training images.
+def load_usable(
+    config: fedgs.Config, files: Sequence[File], bad: Sequence[File]
+) -> tuple[data.Federation, dict[str, str]]:
+    """Load all centres but for bad files. -> what there is, {centre that is left out: why}
 
-    eta of a batch is 1 + 2 x the mean of its difficulties, and every image is as likely to be in it
-    as any other, whatever the size of batches is.
+    Raises UserError where no centre is left.
     """
-    return 1 + 2 * float(difficulty.double().mean())
+    skip = {file.path for file in bad}
+    checked = count_by_centre(files)
+    unusable = count_by_centre(bad)
+    problems = {file.centre: file.problem for file in bad}
+
+    # What is wrong with one centre's masks says nothing of the others.
+    loaded = []
+    left_out = {}
+    for centre in config.centres:
+        if centre in problems and checked[centre] == unusable[centre]:
+            left_out[centre] = f"no file of {checked[centre]} can be used: {problems[centre]}"
+            continue
+        try:
+            loaded.append(fedgs.load_data(config, [centre], skip))
+        except UserError as error:
+            left_out[centre] = str(error)
+
+    if not loaded:
+        centre, why = next(iter(left_out.items()))
+        raise UserError(f"no centre can be used, as {centre}: {why}")
+    return joined(loaded), left_out
 
 
-def expected_scaled(count: int, difficult: int, batch_size: int) -> float:
-    """Share of a client's steps with eta > 1, where so many of its images are difficult.
-
-    A batch is drawn without replacement: the chance that it has none of them is hypergeometric.
-    """
-    without = math.comb(count - difficult, batch_size) / math.comb(count, batch_size)
-    return 1 - without
+def count_by_centre(things: Sequence) -> Counter:
+    """{centre: how many of these are its}"""
+    return Counter(thing.centre for thing in things)
 
 
-class Effect(NamedTuple):
-    """What a choice of tau and l would do."""
-
-    small: float  # share of the training images with a lesion
-    scaled: float  # share of the steps
-    eta: float  # mean over the steps
-
-
-def effect_on(images: data.Images, small: Tensor, log_base: float, batch_size: int) -> Effect:
-    """Of a client's training images, of which some count as small (N,) bool."""
-    _, difficulty, _ = fedgs.mask_difficulty(images.masks, small, log_base)
-    difficult = int((difficulty > 0).sum())
-    with_lesion = int(images.inverse_area.isfinite().sum())
-    return Effect(
-        int(small.sum()) / max(with_lesion, 1),
-        expected_scaled(len(images), difficult, batch_size),
-        expected_eta(difficulty),
-    )
+def joined(federations: Sequence[data.Federation]) -> data.Federation:
+    """Federations with a centre each as one."""
+    # All but what is of one centre is the same in all of them.
+    first, *others = federations
+    for other in others:
+        first.facts.update(other.facts)
+        first.train.update(other.train)
+        first.validation.update(other.validation)
+        first.in_test.update(other.in_test)
+        if other.out_test is not None:
+            first.out_test = other.out_test
+    return first
 
 
-def mean_effect(effects: Mapping[str, Effect], weights: Mapping[str, int]) -> Effect:
-    """The mean over clients, {client: weight}."""
-    of_clients = np.array([effects[client] for client in effects])
-    shares = np.array([weights[client] for client in effects])
-    return Effect(*np.average(of_clients, axis=0, weights=shares).tolist())
-
-
-# ---------------------------------------------------------------------------------- the suggestion
-
-
-class Paper(NamedTuple):
-    """The paper's choice for a data set."""
-
-    name: str
-    small: float  # share of the images with a lesion that it marks
-    tau: float
-    log_base: float
-
-    @property
-    def difficulty(self) -> float:
-        """Of an image whose 1/a is tau."""
-        return math.tanh(math.log(self.tau, self.log_base) ** 2)
-
-
-POLYPGEN = Paper("PolypGen", 0.11, tau=150, log_base=100)
-LITS = Paper("LiTS", 0.20, tau=1000, log_base=1000)
-
-
-def suggest(smallest: np.ndarray, paper: Paper) -> tuple[float, float]:
-    """tau that marks as many images as the paper's, and l for which tau is as difficult.
-
-    smallest: what tau is compared with, of every training image with a lesion (n,).
-    """
-    # The k images with the smallest lesions. More than two digits would claim too much.
-    k = max(1, round(paper.small * len(smallest)))
-    # Rounded down, the threshold still marks all of them.
-    tau = max(2.0, rounded_down(np.sort(smallest)[-k]))
-
-    # log_l(tau) has to be what it is in the paper.
-    log_base = tau ** (math.log(paper.log_base) / math.log(paper.tau))
-    return tau, max(1.5, float(f"{log_base:.2g}"))
-
-
-def rounded_down(x: float) -> float:
-    """To two digits: 156.2 -> 150."""
-    unit = 10.0 ** (math.floor(math.log10(x)) - 1)
-    return float(f"{math.floor(x / unit) * unit:.2g}")
-
-
-# --------------------------------------------------------------------------- what a centre is like
-
-
-class Centre(NamedTuple):
-    """What was measured of the N images of a centre."""
-
-    name: str
-    parts: dict[str, data.Images]  # by split, in whose order everything below is
-    splits: list[str]  # the split of each image
-    inverse_area: np.ndarray  # (N,) of its lesions together; inf without one
-    smallest: np.ndarray  # (N,) of what tau is compared with; inf without a lesion
-    lesions: np.ndarray  # (N,) 8-connected components
-    small: np.ndarray  # (N,) bool
-    alike: list[int]  # images with the same number are near-duplicates; empty: not looked for
+def without(config: fedgs.Config, left_out: Collection[str]) -> fedgs.Config:
+    """The configuration without centres that cannot be used."""
+    centres = tuple(centre for centre in config.centres if centre not in left_out)
+    return replace(config, centres=centres)
 
 
 def parts_of(federation: data.Federation, centre: str) -> dict[str, data.Images]:
@@ -162,39 +115,60 @@ def parts_of(federation: data.Federation, centre: str) -> dict[str, data.Images]
     }
 
 
-def measure(parts: Mapping[str, data.Images], kind: str) -> Centre:
-    """Measure a centre's images, {split: images} of a kind as in Config."""
-    splits = []
-    lesions = []
-    smallest = []
+# ---------------------------------------------------------------------- images, one after another
 
-    # In the masks as the network sees them.
-    for split, images in parts.items():
-        splits.extend([split] * len(images))
-        for mask in images.masks[:, 0].numpy():
-            count, area = measure_lesions(mask)
-            lesions.append(count)
-            smallest.append(area)
 
-    inverse_area = torch.cat([images.inverse_area for images in parts.values()]).numpy()
-    small = torch.cat([images.small for images in parts.values()]).numpy()
+class Seen(NamedTuple):
+    """One image, and what was measured of it."""
 
-    # A slice's lesions count together, and neighbours in a volume always look alike.
-    measured = np.array(smallest)
-    alike = []
+    centre: str
+    split: str  # train, validation, in_test or out_test
+    name: str
+    lesions: int  # 8-connected components
+    inverse_area: float  # of all of them together; inf without one
+    smallest: float  # inverse area of what tau is compared with
+    small: bool
+    suspicion: str  # what may be wrong with it; empty: nothing
+    images: data.Images  # it is image i of these
+    i: int
+
+
+def see_all(federation: data.Federation, kind: str) -> list[Seen]:
+    """Measure all images of a federation, which are of a kind as in Config."""
+    # In the order in which all tables, and look.csv, have them: by centre, and there by split.
+    seen = []
+    for centre in federation.facts:
+        for split, images in parts_of(federation, centre).items():
+            seen.extend(see(images, i, split, kind) for i in range(len(images)))
+    return seen
+
+
+def see(images: data.Images, i: int, split: str, kind: str) -> Seen:
+    """Measure image i of these."""
+    lesions, smallest = measure_lesions(images.masks[i, 0].numpy())
+    inverse_area = float(images.inverse_area[i])
+
+    # All lesions of a slice count together.
     if kind == "slices":
-        measured = inverse_area
-    else:
-        alike = near_duplicates(list(parts.values()))
+        smallest = inverse_area
 
-    name = next(iter(parts.values())).centre
-    return Centre(
-        name, dict(parts), splits, inverse_area, measured, np.array(lesions), small, alike
+    return Seen(
+        centre=images.centre,
+        split=split,
+        name=images.names[i],
+        lesions=lesions,
+        inverse_area=inverse_area,
+        smallest=smallest,
+        small=bool(images.small[i]),
+        suspicion=suspect(images.images[i], inverse_area),
+        images=images,
+        i=i,
     )
 
 
 def measure_lesions(mask: np.ndarray) -> tuple[int, float]:
     """Of a mask (H, W): its 8-connected components, and the inverse area of the smallest."""
+    # As data.is_small counts them: pixels that touch at a corner belong together.
     components, count = ndimage.label(mask, structure=np.ones((3, 3)))
     if count == 0:
         return 0, math.inf
@@ -202,98 +176,137 @@ def measure_lesions(mask: np.ndarray) -> tuple[int, float]:
     return count, float(mask.size / areas.min())
 
 
-def near_duplicates(parts: Sequence[data.Images]) -> list[int]:
-    """A number for each image of a centre, the same for those that look alike."""
-    # Thumbnails as data.groups_by_looks makes them: of all images at once they fit in memory.
+def suspect(pixels: Tensor, inverse_area: float) -> str:
+    """What may be wrong with an image (C, S, S), though it can be read; empty: nothing."""
+    # A camera that was covered, or a file that was exported wrongly.
+    channels = pixels.flatten(1)
+    if torch.equal(channels.amin(dim=1), channels.amax(dim=1)):
+        return "shows nothing, all of its pixels are equal"
+
+    # Lesions that fill an image are rare, and masks with black and white exchanged are not.
+    if inverse_area < 1 / FILLED:
+        return f"its lesion covers {1 / inverse_area:.0%} of it: is the mask inverted?"
+    return ""
+
+
+# --------------------------------------------------------------------------------- near-duplicates
+
+
+class Alike(NamedTuple):
+    """How many images of each centre look like another one."""
+
+    anywhere: Counter
+    across_splits: Counter  # like one of their centre that is in another split
+    across_centres: Counter
+
+
+def number_by_looks(federation: data.Federation) -> list[int]:
+    """A number for each image, in the order of `see_all`: the same for those that look alike."""
+    # All centres at once: the worst duplicates are those of a held-out centre.
     thumbnails = []
-    for images in parts:
-        some = images.images.split(64)
-        thumbnails.extend(F.adaptive_avg_pool2d(pixels.float(), 32) for pixels in some)
-    first = parts[0].subset([])
-    first.images = torch.cat(thumbnails)
-    return data.groups_by_looks(first)
+    for centre in federation.facts:
+        parts = parts_of(federation, centre).values()
+        thumbnails.extend(map(data.thumbnails, parts))
+    return data.groups_by_looks(torch.cat(thumbnails))
 
 
-def count_alike(centre: Centre) -> tuple[int, int]:
-    """How many images look like another one of the centre; of these, like one in another split.
+def count_alike(seen: Sequence[Seen], numbers: Sequence[int]) -> Alike:
+    """Count near-duplicates. numbers: as from `number_by_looks`"""
+    groups = {}
+    for one, number in zip(seen, numbers, strict=True):
+        groups.setdefault(number, []).append(one)
 
-    None, where nobody has looked for them.
-    """
-    if not centre.alike:
-        return 0, 0
-    splits_of = {}
-    for number, split in zip(centre.alike, centre.splits, strict=True):
-        splits_of.setdefault(number, []).append(split)
+    alike = Alike(Counter(), Counter(), Counter())
+    for group in groups.values():
+        # Where the images of this group are: a centre's name is there once for each split.
+        places = {(one.centre, one.split) for one in group}
+        splits_of = Counter(centre for centre, _ in places)
 
-    alike = 0
-    across = 0
-    for splits in splits_of.values():
-        if len(splits) > 1:
-            alike += len(splits)
-        if len(set(splits)) > 1:
-            across += len(splits)
-    return alike, across
+        for one in group:
+            alike.anywhere[one.centre] += len(group) > 1
+            alike.across_splits[one.centre] += splits_of[one.centre] > 1
+            alike.across_centres[one.centre] += len(splits_of) > 1
+    return alike
 
 
 # -------------------------------------------------------------------------------------- the tables
 
 
-def native_sizes(config: fedgs.Config, root: Path | None) -> dict[str, set[tuple[int, int]]]:
-    """{centre: {(width, height), …}} as files say it; empty for volumes and drawn images."""
-    if root is None or config.images == "slices":
-        return {}
-
-    paths = []
-    if config.dataset == "polypgen":
-        for centre in config.centres:
-            paths.extend((centre, image) for image, _ in data.list_pairs(root, centre))
-    else:
-        paths.extend((row.centre, row.image) for row in manifest.read(root))
-
-    sizes = {}
-    for centre, path in paths:
-        with Image.open(path) as image:
-            sizes.setdefault(centre, set()).add(image.size)
-    return sizes
-
-
-def describe_sizes(sizes: set[tuple[int, int]]) -> str:
-    """{(64, 48)} -> "64x48"; the smallest and the largest of several."""
-    ordered = sorted(sizes, key=math.prod)
-    texts = [f"{width}x{height}" for width, height in ordered]
-    if len(texts) > 1:
-        return f"{len(texts)}: {texts[0]} to {texts[-1]}"
-    return "".join(texts) or "–"
-
-
-def centres_table(
-    centres: Sequence[Centre], sizes: Mapping[str, set[tuple[int, int]]], out_centre: str
+def files_table(
+    files: Sequence[File], bad: Sequence[File], seen: Sequence[Seen], alike: Alike | None
 ) -> str:
-    """A row for each centre."""
-    header = ["centre", "images", "with lesion", "lesions each", "small"]
-    header += [f"1/a {percent} %" for percent in QUANTILES]
-    header += ["alike", "across splits", "sizes"]
+    """A row for each centre: its files, what is wrong with them, and which look alike."""
+    suspicious = [one for one in seen if one.suspicion]
 
-    rows = [header]
-    for centre in centres:
-        with_lesion = centre.lesions > 0
-        row = [centre.name + (" (held out)" if centre.name == out_centre else "")]
-        row += [str(len(centre.lesions)), str(with_lesion.sum())]
-        row.append(f"{centre.lesions[with_lesion].mean():.2f}" if with_lesion.any() else "–")
-        row.append(str(centre.small.sum()))
-        row += quantile_cells(centre.inverse_area)
-        row += [str(count) for count in count_alike(centre)] if centre.alike else ["–", "–"]
-        row.append(describe_sizes(sizes.get(centre.name, set())))
-        rows.append(row)
+    # Of different sizes the smallest and the largest are shown.
+    sizes = {}
+    for file in files:
+        sizes.setdefault(file.centre, set()).add(file.size)
+
+    # Drawn images were not checked, but are files all the same.
+    held = count_by_centre(files or seen)
+    columns = {
+        "all": held,
+        "unusable": count_by_centre(bad),
+        "suspicious": count_by_centre(suspicious),
+    }
+    if alike:
+        columns["alike"] = alike.anywhere
+        columns["across splits"] = alike.across_splits
+        columns["across centres"] = alike.across_centres
+
+    rows = [["files of", *columns, "sizes"]]
+    for centre in held:
+        cells = [str(column[centre]) for column in columns.values()]
+        rows.append([centre, *cells, describe_sizes(sizes.get(centre, set()))])
     return tables.aligned(rows)
 
 
-def quantile_cells(inverse_area: np.ndarray) -> list[str]:
-    """Quantiles of the images that have a lesion."""
-    finite = inverse_area[np.isfinite(inverse_area)]
-    if not len(finite):
+def describe_sizes(sizes: Collection[tuple[int, int]]) -> str:
+    """{(64, 48)} -> "64x48"; the smallest and the largest of several."""
+    known = sorted(sizes - {(0, 0)}, key=math.prod)
+    if not known:
+        return "–"
+    width, height = known[0]
+    text = f"{width}x{height}"
+    if len(known) > 1:
+        width, height = known[-1]
+        text += f" to {width}x{height}"
+    return text
+
+
+def lesions_table(seen: Sequence[Seen], out_centre: str) -> str:
+    """A row for each centre: its images, and how large their lesions are."""
+    # "small" is what a run counts as such: flags that somebody has written down, else the rule.
+    images = count_by_centre(seen)
+    small = count_by_centre([one for one in seen if one.small])
+
+    # How many lesions, and how large, is a question to images that have one.
+    areas = {}
+    lesions = Counter()
+    for one in seen:
+        if one.lesions:
+            areas.setdefault(one.centre, []).append(one.inverse_area)
+            lesions[one.centre] += one.lesions
+
+    first, *others = [f"{percent} %" for percent in QUANTILES]
+    quantiles = [f"1/a: {first}", *others]
+    rows = [["lesions of", "images", "with one", "each", "small", *quantiles]]
+    for centre in images:
+        # "–" where there is nothing to average.
+        known = areas.get(centre, [])
+        each = f"{lesions[centre] / len(known):.2f}" if known else "–"
+        name = f"{centre} (held out)" if centre == out_centre else centre
+        counts = [str(images[centre]), str(len(known)), each, str(small[centre])]
+        rows.append([name, *counts, *quantile_cells(known)])
+    return tables.aligned(rows)
+
+
+def quantile_cells(areas: Sequence[float]) -> list[str]:
+    """Quantiles of 1/a."""
+    if not areas:
         return ["–"] * len(QUANTILES)
-    return [f"{value:.1f}" for value in np.percentile(finite, QUANTILES)]
+    return [f"{value:.1f}" for value in np.percentile(areas, QUANTILES)]
 
 
 def effects_table(effects: Mapping[str, Effect]) -> str:
@@ -305,127 +318,140 @@ def effects_table(effects: Mapping[str, Effect]) -> str:
     return tables.aligned(rows)
 
 
-def rows_of(centres: Sequence[Centre], source: str) -> list[dict]:
-    """The rows of look.csv, an image each."""
+def csv_rows(
+    seen: Sequence[Seen], bad: Sequence[File], numbers: Sequence[int], source: str
+) -> list[dict]:
+    """The rows of look.csv: the images, and below them the files that cannot be used."""
+    # As in scores.csv of a run, so that the two can be joined by centre and name.
     rows = []
-    for centre in centres:
-        names = []
-        for images in centre.parts.values():
-            names.extend(images.names)
-        for i, name in enumerate(names):
-            rows.append(
-                {
-                    "centre": centre.name,
-                    "split": centre.splits[i],
-                    "name": name,
-                    "lesions": centre.lesions[i],
-                    "inverse_area": centre.inverse_area[i],
-                    "smallest": centre.smallest[i],
-                    "small": int(centre.small[i]),
-                    "alike": centre.alike[i] if centre.alike else "",
-                    "data": source,
-                }
-            )
+    for i, one in enumerate(seen):
+        row = {
+            "centre": one.centre,
+            "split": one.split,
+            "name": one.name,
+            "lesions": one.lesions,
+            "inverse_area": one.inverse_area,
+            "smallest": one.smallest,
+            "small": int(one.small),
+            "alike": numbers[i] if numbers else "",
+            "remark": one.suspicion,
+            "data": source,
+        }
+        rows.append(row)
+
+    # Nothing is known of these but that they are there.
+    nothing = dict.fromkeys(rows[0], "")
+    for file in bad:
+        known = {"centre": file.centre, "name": file.name, "remark": file.problem, "data": source}
+        rows.append({**nothing, **known})
     return rows
 
 
-# ------------------------------------------------------------------------------------- the picture
+# --------------------------------------------------------------------------------- what to know
 
 
-SHOWN = 12  # images, in two rows
+def remarks(
+    seen: Sequence[Seen],
+    bad: Sequence[File],
+    left_out: Mapping[str, str],
+    alike: Alike | None,
+) -> list[str]:
+    """What is wrong with the data, or may be, by name: lines to print."""
+    # Files first, as they are what somebody can mend.
+    lines = first_of("cannot be used, and would end a run", [file.problem for file in bad])
+    for centre, why in left_out.items():
+        lines.append(f"{centre} is left out here, and would end a run: {why}")
+
+    suspicions = [f"{one.centre}, {one.name}: {one.suspicion}" for one in seen if one.suspicion]
+    lines += first_of("suspicious, but used", suspicions)
+
+    # A network that has seen nearly the same image passes its test by memory.
+    if alike and any(alike.across_splits.values()):
+        centres = ", ".join(+alike.across_splits)
+        lines.append(
+            f"near-duplicates are in several splits of {centres}: a group, or --split grouped, "
+            "keeps them together"
+        )
+    if alike and any(alike.across_centres.values()):
+        centres = ", ".join(+alike.across_centres)
+        lines.append(
+            f"near-duplicates are in several centres, of {centres}: keep each in one of them, or "
+            "a test is of what was trained on"
+        )
+    return lines
 
 
-def draw(centres: Sequence[Centre], config: fedgs.Config, title: str) -> "Figure":
-    """Sizes of lesions by centre, difficulty over size, and the images of the smallest lesions."""
-    figure = pictures.new_figure(title, 13, 12)
-    above, below = figure.subfigures(2, 1, height_ratios=(1.1, 1))
-    sizes, difficulty = above.subplots(2, 1, sharex=True)
-    draw_sizes(sizes, centres, config.tau)
-    draw_difficulty(difficulty, centres, config)
-
-    below.suptitle("the smallest lesions first", fontsize=11)
-    grid = below.subplots(2, SHOWN // 2)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for axes, (centre, i) in zip(grid.flat, smallest_first(centres), strict=False):
-        draw_image(axes, centre, i)
-    return figure
+def first_of(heading: str, lines: Sequence[str]) -> list[str]:
+    """The first of these lines below a heading; nothing without any."""
+    if not lines:
+        return []
+    shown = [f"{heading}:", *[f"  {line}" for line in lines[:LISTED]]]
+    if len(lines) > LISTED:
+        shown.append(f"  … and {len(lines) - LISTED} more: --out lists all in look.csv")
+    return shown
 
 
-def draw_sizes(axes: "Axes", centres: Sequence[Centre], tau: float) -> None:
-    """A histogram of 1/a for each centre."""
-    every = finite_areas(centres)
-    edges = np.geomspace(0.999 * every.min(), 1.001 * every.max(), 25)
-    for k, centre in enumerate(centres):
-        label = centre.name
-        if len(centres) > pictures.MOST_NAMED:
-            # Their number stands for the names, once: labels that begin with _ are not listed.
-            label = "_" if k else f"{len(centres)} centres"
-        colour = pictures.COLOURS[k % len(pictures.COLOURS)]
-        areas = finite_areas([centre])
-        axes.hist(areas, edges, histtype="step", linewidth=1.6, color=colour, label=label)
+def remarks_on_size(config: fedgs.Config, federation: data.Federation) -> list[str]:
+    """Whether there is enough to train on, and lesions are as large here as for the rule."""
+    lines = []
+    try:
+        options.check_sizes(config, federation.facts)
+    except UserError as error:
+        lines.append(f"too little to train on: {error}")
 
-    axes.axvline(tau, color="0.3", linestyle="dotted", label=f"τ = {tau:g}")
-    axes.set(xscale="log", ylabel="images with a lesion")
-    axes.legend(fontsize=8, ncols=2)
-    axes.grid(alpha=0.3)
+    # A lesion of a few pixels has another share of the image at another size.
+    rule = data.RULE_SIZE
+    if config.images != "slices" and config.image_size != rule:
+        lines.append(f"small is what is small at {rule}x{rule}: a suggestion is best made there")
+    return lines
 
 
-def draw_difficulty(axes: "Axes", centres: Sequence[Centre], config: fedgs.Config) -> None:
-    """δ over 1/a, and the images below: those that count as small, and the others."""
-    every = finite_areas(centres)
-    x = np.geomspace(every.min(), every.max(), 200)
-    delta = np.tanh((np.log(x) / math.log(config.log_base)) ** 2)
-    name = f"δ of small lesions, l = {config.log_base:g}"
-    axes.plot(x, delta, color=pictures.GREEN, label=name)
-    axes.axvline(config.tau, color="0.3", linestyle="dotted")
-
-    small = np.concatenate([centre.small for centre in centres])
-    areas = np.concatenate([centre.inverse_area for centre in centres])
-    known = np.isfinite(areas)
-    kinds = (("small", small, pictures.RED, -0.06), ("not small: δ = 0", ~small, "0.5", -0.14))
-    for label, chosen, colour, height in kinds:
-        found = areas[chosen & known]
-        marks = np.full(len(found), height)
-        axes.plot(found, marks, "|", color=colour, alpha=0.5, label=f"{label} ({len(found)})")
-
-    axes.set(ylabel="difficulty δ", ylim=(-0.2, 1.05))
-    axes.set_xlabel("inverse area 1/a of an image's lesions: image pixels / lesion pixels")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.legend(fontsize=8, loc="upper left")
-    axes.grid(alpha=0.3)
+def training_sizes(federation: data.Federation, seen: Sequence[Seen]) -> dict[str, Tensor]:
+    """{client: what tau is compared with, of each of its N training images (N,)}; inf for none"""
+    sizes = {client: [] for client in federation.train}
+    for one in seen:
+        if one.split == "train":
+            sizes[one.centre].append(one.smallest)
+    return {client: torch.tensor(x, dtype=torch.float64) for client, x in sizes.items()}
 
 
-def finite_areas(centres: Sequence[Centre]) -> np.ndarray:
-    """1/a of all images with a lesion."""
-    areas = np.concatenate([centre.inverse_area for centre in centres])
-    return areas[np.isfinite(areas)]
+def small_by(sizes: Mapping[str, Tensor], tau: float) -> dict[str, Tensor]:
+    """{client: which of its training images tau marks as small (N,)}
+
+    sizes: as from `training_sizes`
+    """
+    # Whatever flags somebody has written down, they were made with another tau.
+    return {client: x.isfinite() & (x >= tau) for client, x in sizes.items()}
 
 
-def smallest_first(centres: Sequence[Centre]) -> list[tuple[Centre, int]]:
-    """The images of the smallest lesions: their centre, and which of it."""
-    found = []
-    for number, centre in enumerate(centres):
-        for i, size in enumerate(centre.smallest.tolist()):
-            if math.isfinite(size):
-                found.append((-size, number, i))
-    found.sort()
-    return [(centres[number], i) for _, number, i in found[:SHOWN]]
+def describe_suggestion(
+    config: fedgs.Config, federation: data.Federation, seen: Sequence[Seen]
+) -> str:
+    """The suggestion of tau and l, its reason, and what it would do."""
+    # From training images alone: nothing may be chosen by those that are tested on.
+    sizes = training_sizes(federation, seen)
+    known = torch.cat(list(sizes.values()))
+    known = known[known.isfinite()]
+    if not len(known):
+        return "no suggestion: no training image has a lesion"
 
+    paper = LITS if config.images == "slices" else POLYPGEN
+    tau, log_base = suggest(known.tolist(), paper)
+    small = small_by(sizes, tau)
+    effects = predict(replace(config, log_base=log_base), federation, small)
+    if not effects:
+        return f"no suggestion: no centre has {config.batch_size} training images for a batch"
 
-def draw_image(axes: "Axes", centre: Centre, i: int) -> None:
-    """Image i of a centre with the outline of its lesions."""
-    position = i
-    for images in centre.parts.values():
-        if position < len(images):
-            break
-        position -= len(images)
-
-    pixels = images.images[position].permute(1, 2, 0).numpy()
-    axes.imshow(pixels, cmap="gray", vmin=0, vmax=255)
-    pictures.outline(axes, images.masks[position, 0].numpy(), pictures.SKY, "solid")
-    facts = f"1/a = {centre.inverse_area[i]:.0f}, of the smallest {centre.smallest[i]:.0f}"
-    axes.set_title(f"{centre.name}, {images.names[position][:24]}\n{facts}", fontsize=8)
+    effect = effects["all"]
+    return (
+        f"suggestion, to start from: --tau {tau:g} --log-base {log_base:g}\n"
+        f"  tau: {effect.small:.1%} of the training images with a lesion are small, as about "
+        f"{paper.small:.0%} of\n"
+        f"    {paper.name}'s with the paper's {paper.tau:g}\n"
+        f"  l: an image whose 1/a is tau has difficulty {paper.difficulty:.2f}, as in the paper\n"
+        f"  they would scale {effect.scaled:.1%} of the steps; mean η {effect.eta:.3f}\n"
+        "  Which lesions are missed for being small, only training tells: try others, too."
+    )
 
 
 # ------------------------------------------------------------------------------------ a whole look
@@ -440,119 +466,58 @@ def choose_config(given: Mapping) -> fedgs.Config:
     return fedgs.settle(config)
 
 
-def predict_effects(
-    config: fedgs.Config, federation: data.Federation, small: Mapping[str, Tensor]
-) -> dict[str, Effect]:
-    """What tau and l would do to each client, and to "all" of their steps. small: {client: flags}
+def look(given: Mapping, out: Path | None = None) -> tuple[list[Seen], dict[str, Effect]]:
+    """Print what there is, and what tau and l would do. -> all images, {client or "all": effect}
 
-    Clients with fewer images than a batch take no step, and are left out. Raises UserError where
-    that leaves none.
+    given: options by name; out: folder for look.png and look.csv. Raises UserError for data of
+    which no centre can be used, and for a folder that is not empty.
     """
-    steps = fedgs.client_steps(config, federation.facts)
-    effects = {}
-    for client, images in federation.train.items():
-        if steps[client]:
-            flags = small[client]
-            effects[client] = effect_on(images, flags, config.log_base, config.batch_size)
-    if not effects:
-        raise UserError(
-            f"no centre has enough training images for --batch-size {config.batch_size}"
-        )
-    return {**effects, "all": mean_effect(effects, steps)}
-
-
-def predict_chosen(config: fedgs.Config, federation: data.Federation) -> dict[str, Effect]:
-    """What the tau and l of a configuration would do."""
-    small = {client: images.small for client, images in federation.train.items()}
-    return predict_effects(config, federation, small)
-
-
-def predict_suggested(
-    config: fedgs.Config, federation: data.Federation, centres: Sequence[Centre]
-) -> str:
-    """The suggestion, its reason, and what it would do, as text.
-
-    It is made from training images alone: nothing is chosen by those that are tested on.
-    """
-    training = {}
-    for centre in centres:
-        if centre.name != federation.out_centre:
-            chosen = np.array(centre.splits) == "train"
-            training[centre.name] = centre.smallest[chosen]
-    sizes = np.concatenate(list(training.values()))
-    sizes = sizes[np.isfinite(sizes)]
-    if not len(sizes):
-        return "no suggestion: no training image has a lesion"
-
-    paper = LITS if config.images == "slices" else POLYPGEN
-    tau, log_base = suggest(sizes, paper)
-    small = {}
-    for client, smallest in training.items():
-        small[client] = torch.from_numpy(np.isfinite(smallest) & (smallest >= tau))
-    suggested = replace(config, tau=tau, log_base=log_base)
-    effect = predict_effects(suggested, federation, small)["all"]
-    return (
-        f"suggestion, to start from: --tau {tau:g} --log-base {log_base:g}\n"
-        f"  tau: marks {effect.small:.1%} of the training images with a lesion as small, about as "
-        f"the paper's {paper.tau:g} does on {paper.name} ({paper.small:.0%})\n"
-        f"  l: an image whose 1/a is tau then has difficulty {paper.difficulty:.2f}, as in the "
-        "paper\n"
-        f"  they would scale {effect.scaled:.1%} of the steps; mean η {effect.eta:.3f}\n"
-        "  What is small enough to be missed, only training tells: try smaller and larger ones."
-    )
-
-
-def what_to_know(
-    config: fedgs.Config, federation: data.Federation, centres: Sequence[Centre]
-) -> list[str]:
-    """How the data were read, and what about them is suspicious, a line each."""
-    lines = list(federation.notes)
-    across = [centre.name for centre in centres if count_alike(centre)[1]]
-    if across and config.split != "grouped":
-        lines.append(
-            f"near-duplicates are in several splits of {', '.join(across)}: --split grouped keeps "
-            "them together"
-        )
-    try:
-        options.check_sizes(config, federation.facts)
-    except UserError as error:
-        lines.append(f"cannot be trained on as it is: {error}")
-    return lines
-
-
-def look(given: Mapping, out: Path | None = None) -> tuple[list[Centre], dict[str, Effect]]:
-    """Print what there is, and what tau and l would do. -> the centres, {client or "all": effect}
-
-    given: options by name; out: folder for look.png and look.csv. Raises UserError for data that
-    cannot be read, and for a folder that is not empty.
-    """
+    # Reading takes its time: what can be refused before it is.
     if out:
         runs.check_empty(out)
     config = choose_config(given)
-    federation = fedgs.load_data(config, config.centres)
-    parts = [parts_of(federation, name) for name in config.centres]
-    centres = [measure(of_centre, config.images) for of_centre in parts]
 
+    # Drawn images need no check.
+    root = data.find(config.dataset, config.data_root)
+    files = check_files(config, root) if root else []
+    bad = [file for file in files if file.problem]
+    federation, left_out = load_usable(config, files, bad)
+    config = without(config, left_out)
+
+    # Neighbours in a volume always look alike.
+    seen = see_all(federation, config.images)
+    numbers = []
+    alike = None
+    if config.images != "slices":
+        numbers = number_by_looks(federation)
+        alike = count_alike(seen, numbers)
+
+    # What there is.
     size = f"{config.image_size}x{config.image_size}"
     print(f"{federation.source}, {federation.place}; looked at with {size} pixels")
-    for line in what_to_know(config, federation, centres):
+    notes = [*federation.notes, *remarks_on_size(config, federation)]
+    for line in [*notes, *remarks(seen, bad, left_out, alike)]:
         print(f"  {line}")
-    sizes = native_sizes(config, data.find(config.dataset, config.data_root))
-    print("\n" + centres_table(centres, sizes, config.out_centre))
+    print("\n" + files_table(files, bad, seen, alike))
+    print("\n" + lesions_table(seen, config.out_centre))
 
-    # The data are described by now: what follows may refuse them.
-    effects = predict_chosen(config, federation)
-    chosen = f"--tau {config.tau:g} --log-base {config.log_base:g}"
-    print(f"\n{chosen} would do, as far as augmentation leaves lesions as they are:")
+    # What a training would make of it.
+    small = {client: images.small for client, images in federation.train.items()}
+    effects = predict(config, federation, small)
+    print(f"\n--tau {config.tau:g} --log-base {config.log_base:g} would do, before augmentation:")
     print(effects_table(effects))
-    print("\n" + predict_suggested(config, federation, centres))
+    print("\n" + describe_suggestion(config, federation, seen))
 
+    # Files last: where a picture cannot be drawn, the tables have been read already.
     if out:
+        write_text(out / "look.csv", to_csv(csv_rows(seen, bad, numbers, federation.source)))
+        print(f"\nin {out}: look.csv, a row for each image")
+    if out and any(one.lesions for one in seen):
         title = f"A first look at {federation.source}"
-        write_text(out / "look.csv", to_csv(rows_of(centres, federation.source)))
-        pictures.save_figure(out / "look.png", draw(centres, config, title))
-        print(f"\nin {out}: look.png, and look.csv with a row for each image")
-    return centres, effects
+        figure = pictures.draw_look(seen, config.tau, config.log_base, title, SHOWN)
+        pictures.save_figure(out / "look.png", figure)
+        print(f"in {out}: look.png, with the smallest lesions")
+    return seen, effects
 
 
 # ----------------------------------------------------------------------------------- command line
