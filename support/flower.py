@@ -46,8 +46,9 @@ MESSAGES = {  # what Flower calls a request -> what a hospital then does, in thi
 }
 IDENTITY = {  # what every answer says of its sender, see `describe`
     *("centre", "version", "torch", "kernels", "precision", "network", "threads"),
-    *("source", "rule", *data.Facts._fields),
+    *("source", "rule", "flags", *data.Facts._fields),
 }
+COUNTS = ("train", "validation", "test", "flagged", "lost")  # those facts that are numbers
 NEUTRAL = "could not do its part: its own log says why"  # no path, no name, no number
 
 
@@ -151,6 +152,7 @@ def describe(clients: Any, config: Any, centre: str, version: str) -> dict[str, 
         "threads": torch.get_num_threads(),
         "source": federation.source,
         "rule": federation.rule,
+        "flags": federation.flags,
         **federation.facts[centre]._asdict(),
     }
 
@@ -208,10 +210,11 @@ def answer(
         content["update"] = pack(parts)
         content["log"] = pack_log(update.log)
     if "test" in tasks:
-        [test] = clients.test(state)
-        own = folder / runs.run_name(config) / f"test-{int(request['round'])}"
-        keep_test(clients, test, config, own, method)
-        content["tally"] = pack({"tally": test.tally})
+        tests = list(clients.test(state))
+        clients.flat.load(state)  # without the statistics of this centre
+        own = folder / runs.run_name(config) / f"test-{request['round']}"
+        keep_test(clients, tests, config, own, method)
+        content["tally"] = pack({test.batch_norm: test.tally for test in tests})
     return content
 
 
@@ -235,21 +238,19 @@ def own_config(text: str, here: Mapping[str, Any], method: Any) -> Any:
     return method.settle(config)
 
 
-def keep_test(clients: Any, test: Any, config: Any, folder: Path, method: Any) -> None:
+def keep_test(clients: Any, tests: Sequence[Any], config: Any, folder: Path, method: Any) -> None:
     """This hospital's own tables, pictures and network, which nobody else gets."""
     federation = clients.federation
     network = clients.flat.network
-    heading = f"{runs.title(config, federation)}\n{test.centre}, {test.split}"
     about = runs.describe_weights(config, federation.source, None, method.__version__)
-    results = {
-        "data": federation.source,
-        "notes": federation.notes,
-        "config": about["config"],
-        "measures": metrics.means(test.tally),
-    }
     checkpoints.save(folder / "tested.pt", checkpoints.with_about(network, about))
-    figures = method.draw_tests(clients, [test], heading) if test.scores else {}
-    runs.save_results(folder, results, test.scores, figures)
+
+    summary = runs.summarise_tests(tests, None)
+    results = runs.describe_results(config, federation, {"tested": summary})
+    heading = f"{runs.title(config, federation)}\n{tests[0].centre}, {tests[0].split}"
+    chosen = [test for test in tests if test.batch_norm == config.batch_norm]
+    figures = method.draw_tests(clients, chosen, heading) if tests[0].scores else {}
+    runs.save_results(folder, results, runs.score_table("tested", tests), figures)
 
 
 def note(folder: Path, text: str) -> None:
@@ -342,8 +343,9 @@ class HospitalClients:
         tests = []
         for centre, found in answers.items():
             split = "out_test" if centre in held_out else "in_test"
-            test = self.method.CentreTest(centre, split, found["tally"], [], None, None)
-            tests.append(test)
+            for batch_norm, tally in found["tallies"].items():
+                test = self.method.CentreTest(centre, split, batch_norm, tally, [], None, None)
+                tests.append(test)
         return tests
 
     def _meet(self) -> Any:
@@ -376,7 +378,12 @@ class HospitalClients:
         config = self.config
         place = f"in {len(about)} hospitals"
         federation = data.Federation(
-            first["source"], place, first["rule"], config.image_size, config.out_centre
+            source=first["source"],
+            place=place,
+            rule=first["rule"],
+            flags=first["flags"],
+            size=config.image_size,
+            out_centre=config.out_centre,
         )
         for centre, said in about.items():
             federation.facts[centre] = data.Facts(*(said[name] for name in data.Facts._fields))
@@ -520,8 +527,11 @@ class HospitalClients:
         found = {"about": self._read_about(centre, content)}
         tasks = MESSAGES[what]
         try:
-            if "validate" in tasks or "test" in tasks:
-                found["tally"] = self._read_tally(centre, content, "test" in tasks)
+            if "validate" in tasks:
+                found.update(self._read_tallies(centre, content, ["tally"], "validation"))
+            if "test" in tasks:
+                names = self.method.STATISTICS
+                found["tallies"] = self._read_tallies(centre, content, names, "test")
             if "train" in tasks:
                 found["update"] = self._read_update(centre, content)
         except (KeyError, TypeError) as error:
@@ -537,7 +547,7 @@ class HospitalClients:
         if known is None:
             if not set(about) >= IDENTITY:
                 raise Refusal("sent an answer that lacks something")
-            counts = [about[name] for name in data.Facts._fields if name != "fingerprint"]
+            counts = [about[name] for name in COUNTS]
             if not all(isinstance(count, int) and count >= 0 for count in counts):
                 raise Refusal("announced numbers of images that are none")
             return about
@@ -547,19 +557,20 @@ class HospitalClients:
                 raise Refusal(f"has changed since the run began: {name} was {value}")
         return about
 
-    def _read_tally(self, centre: str, content: RecordDict, test: bool) -> Tensor:
-        """Sums and counts, of as many images as were announced."""
-        expected = {"tally": torch.zeros(len(metrics.MEASURES), 2, dtype=torch.float64)}
-        tally = unpack(content["tally"], expected, "its tally")["tally"]
-        if not tally.isfinite().all():
-            raise Refusal("sent a tally that is not finite")
-
-        facts = self.federation.facts[centre]
-        images = facts.test if test else facts.validation
-        counted = tally[list(metrics.MEASURES).index("dice"), 1].item()
-        if counted != images or (tally < 0).any():
-            raise Refusal(f"counted other images than the {images} that it announced")
-        return tally
+    def _read_tallies(
+        self, centre: str, content: RecordDict, names: Sequence[str], part: str
+    ) -> dict[str, Tensor]:
+        """Sums and counts, of as many images as were announced for this part of the data."""
+        empty = torch.zeros(len(metrics.MEASURES), 2, dtype=torch.float64)
+        tallies = unpack(content["tally"], dict.fromkeys(names, empty), "its tally")
+        images = getattr(self.federation.facts[centre], part)
+        for tally in tallies.values():
+            if not tally.isfinite().all():
+                raise Refusal("sent a tally that is not finite")
+            counted = tally[list(metrics.MEASURES).index("dice"), 1].item()
+            if counted != images or (tally < 0).any():
+                raise Refusal(f"counted other images than the {images} that it announced")
+        return tallies
 
     def _read_update(self, centre: str, content: RecordDict) -> Any:
         """An update, finite, of the announced number of steps and images."""
