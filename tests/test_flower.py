@@ -18,6 +18,7 @@ from flwr.supercore.inflatable import inflatable_object, inflatable_utils
 from flwr.supercore.task_identity import TaskIdentity
 
 import fedgs
+import metrics
 from support import flower, runs
 from support.errors import UserError
 from tools import flower_apps
@@ -221,6 +222,31 @@ def test_a_round_is_one_message_a_hospital(quick, alone):
     assert grid.asked("C4") == ["query", "train", "train.on", "evaluate", "evaluate.test"]
     assert grid.asked("C6") == ["query", "evaluate.test"]  # the held-out centre
     assert_equal_runs(alone, folder)
+
+
+@pytest.mark.slow
+def test_a_centres_own_statistics_are_measured_there_and_stay_there(quick, config, alone, tmp_path):
+    """Validation with them is one process's; what is trained does not know of them."""
+    local = replace(config, batch_norm="local", out=str(tmp_path / "one"))
+    fedgs.run(local)
+    _, folder = quick(batch_norm="local")
+    assert_equal_runs(tmp_path / "one", folder)
+    assert_same_weights(folder / "last.pt", alone / "last.pt")
+    assert rows(folder / "rounds.csv")[0]["dice"] != rows(alone / "rounds.csv")[0]["dice"]
+
+    # The hospital's own pictures and tables are of these statistics; the network is everybody's.
+    own = tmp_path / "C6" / runs.run_name(config) / "test-1"
+    assert {row["batch_norm"] for row in rows(own / "scores.csv")} == {"averaged", "local"}
+    assert_same_weights(own / "tested.pt", folder / "best.pt")
+
+
+def test_without_a_held_out_centre_all_hospitals_train(quick, config, tmp_path):
+    changes = {"out_centre": "", "rounds": 1}
+    fedgs.run(replace(config, out=str(tmp_path / "one"), **changes))
+    grid, folder = quick(**changes)
+    assert grid.asked("C6") == ["query", "train", "evaluate", "evaluate.test"]
+    assert_equal_runs(tmp_path / "one", folder)
+    assert results_of(folder)["checkpoints"]["best"]["averaged"]["out_test"]["dice"]["n"] == 0
 
 
 def test_a_hospital_that_failed_is_asked_again_and_the_bits_stay(quick, alone):
@@ -580,6 +606,34 @@ def test_the_final_test_needs_everybody(quick):
 
 
 # -------------------------------------------------------------------------- what stays at home
+
+
+def test_an_answer_holds_sums_and_updates_and_nothing_else(quick, config):
+    """Every part by name, every array by its shape: none has a place for an image's number."""
+    parts = {}
+
+    def look(centre, request, reply):
+        found = parts.setdefault(request.metadata.message_type, {})
+        for name, record in reply.content.items():
+            found[name] = {key: getattr(value, "shape", None) for key, value in record.items()}
+        return reply
+
+    quick(look)
+    about = dict.fromkeys(flower.IDENTITY)
+    state = state_of(config)
+    update = {
+        "vector": tuple(state.parameters.shape),
+        "buffers": tuple(state.buffers.shape),
+        "counters": tuple(state.counters.shape),
+    }
+    log = dict.fromkeys(("images", "steps", "loss", "eta", "scaled"))
+    sums = (len(metrics.MEASURES), 2)
+    tests = {"averaged": sums, "local": sums}
+    assert parts["query"] == {"about": about}
+    assert parts["train"] == {"about": about, "update": update, "log": log}
+    assert parts["train.on"] == {**parts["train"], "tally": {"tally": sums}}
+    assert parts["evaluate"] == {"about": about, "tally": {"tally": sums}}
+    assert parts["evaluate.test"] == {"about": about, "tally": tests}
 
 
 def test_nothing_of_an_image_crosses(quick, square_root):
