@@ -36,7 +36,7 @@ from torch import Tensor
 
 import data
 import metrics
-from support import checkpoints, hardware, options, processes, runs
+from support import checkpoints, hardware, manifest, options, processes, runs
 from support.errors import UserError
 from support.options import option
 
@@ -717,7 +717,14 @@ def own_config(text: str, here: Mapping[str, Any], method: Any) -> Any:
         device=str(here.get("device", "auto")),
         workers="1",
     )
-    return method.settle(config)
+
+    # What one's own data are called crosses with every answer: it must not be a folder's name that
+    # nobody has agreed on.
+    if config.dataset not in data.CENTRES:
+        path = data.find(config.dataset, config.data_root)
+        if manifest.name_of(path) != config.dataset:
+            raise Refusal("has a manifest of another name than the one in --dataset")
+    return method.settle(config, elsewhere=True)
 
 
 def run_folder(config: Any, request: Mapping[str, Any]) -> Path:

@@ -338,13 +338,18 @@ def start_proxy(running: Parts) -> None:
     running.wait("the proxy listens", lambda: listens(port))
 
 
+def name_of_node(centre: str) -> str:
+    """What a hospital's part is called, and its folder."""
+    return f"hospital-{centre}"
+
+
 def start_node(running: Parts, centre: str, settings: Mapping[str, str]) -> None:
     """A hospital's part. settings: its own places, see docs/hospitals.md."""
     values = {"centre": centre, **settings}
     config = " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
     door = running.ports.get("proxy", running.ports["superlink"])
     running.start(
-        f"hospital-{centre}",
+        name_of_node(centre),
         *("flower-supernode", "--superlink", f"localhost:{door}"),
         *("--root-certificates", running.keys / "ca.crt"),
         *("--auth-supernode-private-key", running.keys / centre),

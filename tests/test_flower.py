@@ -393,6 +393,19 @@ def add_a_part(content):
     content["update"]["more"] = content["update"]["vector"]
 
 
+def test_both_tallies_of_a_test_have_to_count_its_images(config, nodes):
+    """That of the centre's own statistics, too."""
+
+    def meddle(centre, request, reply):
+        if (centre, request.metadata.message_type) == ("C6", "evaluate.test"):
+            with_array("tally", "local", more_images)(reply.content)
+        return reply
+
+    clients = meet(Recorded(nodes, meddle), config)
+    with pytest.raises(UserError, match="hospital C6 counted other images than the 10 that it"):
+        clients.test(state_of(config))
+
+
 def silence(request, reply):
     return None
 
@@ -481,6 +494,37 @@ def test_hospitals_that_compute_otherwise_are_refused(config, nodes, name, value
 
     with pytest.raises(UserError, match=f"hospital C5 has {name} {value}, not .*compute alike"):
         meet(Recorded(nodes, meddle), replace(config, kernels="cpp"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train", -1),
+        ("validation", 1.0),
+        ("fingerprint", 5),
+        ("filled", 1),
+        ("masks", "x" * 501),
+        ("source", "PolypGen\n\x1b[2J"),
+    ],
+)
+def test_a_hospital_that_says_of_itself_what_cannot_be_is_refused(config, nodes, name, value):
+    def meddle(centre, request, reply):
+        if centre == "C5":
+            reply.content["about"][name] = value
+        return reply
+
+    with pytest.raises(UserError, match=f"hospital C5 announced {name} that cannot be"):
+        meet(Recorded(nodes, meddle), config)
+
+
+def test_a_hospital_that_leaves_out_something_of_itself_is_refused(config, nodes):
+    def meddle(centre, request, reply):
+        if centre == "C5":
+            del reply.content["about"]["torch"]
+        return reply
+
+    with pytest.raises(UserError, match="hospital C5 sent an answer that lacks something"):
+        meet(Recorded(nodes, meddle), config)
 
 
 def test_a_hospital_says_truly_with_what_it_computes(config, nodes):
@@ -717,6 +761,38 @@ def test_options_of_a_run_between_hospitals():
     assert (config.rounds, config.method, config.label) == (7, "fedavg", "two words")
     assert (config.image_size, config.width) == (512, 32)  # the paper's, where nothing is said
     assert policy == flower.Policy(allow_missing=True, patience=60.0)
+
+
+OWN = "--dataset cohort --centres Oslo Berlin --images slices --preset quick"
+
+
+def test_options_of_a_run_on_the_hospitals_own_images():
+    """No manifest is here: what one would tell is said."""
+    config, _ = flower_apps.configure(OWN)
+    assert (config.dataset, config.data_root) == ("cohort", "")
+    assert (config.clients, config.out_centre) == (["Oslo", "Berlin"], "")
+    assert (config.images, config.tau, config.log_base) == ("slices", 1000.0, 1000.0)
+    assert config.width == fedgs.PRESETS["quick"]["width"]
+    fedgs.settle(config, elsewhere=True)
+
+    for missing in ("--centres Oslo Berlin", "--images slices"):
+        with pytest.raises(UserError, match="name the centres with --centres, and say with --im"):
+            flower_apps.configure(OWN.replace(missing, ""))
+
+
+def test_a_manifest_has_the_name_that_everybody_agreed_on(square_root, tmp_path):
+    """Otherwise the name of a hospital's folder would cross."""
+    image = square_root / "data_C4" / "images_C4" / "00.jpg"
+    mask = square_root / "data_C4" / "masks_C4" / "00_mask.jpg"
+    for name in ("cohort", "Smith"):
+        (tmp_path / f"{name}.csv").write_text(f"centre,image,mask\nOslo,{image},{mask}\n")
+    config, _ = flower_apps.configure(OWN)
+    settings = flower.settings(config)
+    own = flower.own_config(settings, {"data-root": str(tmp_path / "cohort.csv")}, fedgs)
+    assert own.dataset == "cohort"
+    with pytest.raises(flower.Refusal, match="has a manifest of another name") as error:
+        flower.own_config(settings, {"data-root": str(tmp_path / "Smith.csv")}, fedgs)
+    assert "Smith" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -3,24 +3,33 @@
 import http.client
 import json
 import os
+import shlex
 import shutil
 import signal
 import ssl
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_weights, exit_code, refused, without_time
+from conftest import (
+    ROOT,
+    assert_same_weights,
+    exit_code,
+    refused,
+    shrink_stand_ins,
+    without_time,
+)
 
 pytest.importorskip("flwr", reason="flwr is not installed, or this Python is older than 3.11")
 
 import fedgs
-from support import loopback
+from support import flower, loopback, manifest, volumes
 from support.errors import UserError
-from tools import hospital
+from tools import flower_apps, hospital
 
 CENTRES = ["C4", "C5", "C6"]
 OPTIONS = [
@@ -257,22 +266,22 @@ def test_a_centres_folder_holds_that_centre_alone(square_root, tmp_path):
     config = fedgs.Config(data_root=str(square_root), centres=("C4", "C6"))
     roots = hospital.share_out(config, tmp_path)
     assert [path.name for path in Path(roots["C4"]).iterdir()] == ["data_C4"]
-    one = fedgs.load_data(fedgs.replace(config, data_root=str(roots["C4"]), image_size=32), ["C4"])
+    one = fedgs.load_data(replace(config, data_root=str(roots["C4"]), image_size=32), ["C4"])
     assert one.facts["C4"].train == 9
 
 
-def test_a_demonstration_passes_on_what_was_typed(monkeypatch, tmp_path):
+def test_a_demonstration_passes_on_what_was_typed(monkeypatch, square_root, tmp_path):
     """Options of the run go to the coordinator; places of this machine do not."""
     seen = SimpleNamespace()
 
-    def demo(given, arguments, folder):
-        seen.given, seen.arguments, seen.folder = given, arguments, folder
+    def demo(config, arguments, folder):
+        seen.config, seen.arguments, seen.folder = config, arguments, folder
 
     monkeypatch.setattr(hospital, "demo", demo)
-    options = ["--rounds", "3", "--data-root", "x", "--out", tmp_path, "--patience", "9"]
+    options = ["--rounds", "3", "--data-root", square_root, "--out", tmp_path, "--patience", "9"]
     assert exit_code(hospital.main, ["demo", *options, "--allow-missing"]) == 0
     assert seen.folder == tmp_path
-    assert seen.given["data_root"] == "x"
+    assert seen.config.data_root == str(square_root)
     text = " ".join(seen.arguments)
     assert "--rounds 3" in text
     assert "--centres C4 C5 C6" in text
@@ -280,6 +289,71 @@ def test_a_demonstration_passes_on_what_was_typed(monkeypatch, tmp_path):
     assert "--allow-missing" in text
     assert "data-root" not in text
     assert "--out" not in seen.arguments
+    read, policy = flower_apps.configure(shlex.join(seen.arguments))
+    assert replace(read, data_root=str(square_root)) == seen.config
+    assert (policy.patience, policy.allow_missing) == (9.0, True)
+
+
+def test_a_demonstration_of_ones_own_images_says_what_they_are(monkeypatch, square_root, tmp_path):
+    """The coordinator has no manifest, and each hospital one of its own."""
+    rows = ["centre,image,mask,group"]
+    for centre in ("C4", "C5"):
+        for i in range(10):
+            files = [f"images_{centre}/{i:02}.jpg", f"masks_{centre}/{i:02}_mask.jpg"]
+            names = [str(square_root / f"data_{centre}" / file) for file in files]
+            rows.append(",".join([f"St {centre}", *names, f"patient {i // 2}"]))
+    whole = tmp_path / "cohort.csv"
+    whole.write_text("\n".join(rows))
+    seen = []
+    monkeypatch.setattr(hospital, "demo", lambda *what: seen.extend(what))
+    options = [
+        "--dataset",
+        whole,
+        "--out",
+        tmp_path / "new",
+        "--out-centre",
+        "",
+        "--image-size",
+        32,
+    ]
+    assert exit_code(hospital.main, ["demo", *options]) == 0
+    config, arguments, _ = seen
+    read, _ = flower_apps.configure(shlex.join(arguments))
+    assert replace(read, data_root=str(whole)) == config
+    assert config.centres == ("St C4", "St C5")
+
+    roots = hospital.share_out(config, tmp_path / "shared")
+    for centre, root in roots.items():
+        assert manifest.centres_of(manifest.read(root)) == (centre,)
+        here = {"data-root": str(root)}
+        own = flower.own_config(flower.settings(read), here, fedgs)
+        found = fedgs.load_data(own, [centre])
+        assert found.facts[centre] == fedgs.load_data(config, [centre]).facts[centre]
+        assert found.source == "cohort"
+
+
+def test_a_volume_is_given_to_its_centres_hospital_alone(monkeypatch, cache, tmp_path):
+    """And stays marked as a drawn one."""
+    shrink_stand_ins(monkeypatch, frames=20, volumes=2, slices=6)
+    options = {"dataset": "lits", "centres": ["C2", "C5"], "out_centre": "C5", "preset": "quick"}
+    config, _ = fedgs.configure({**options, "cache": str(cache), "data_root": "stand-in"})
+    roots = hospital.share_out(config, tmp_path)
+    for centre, first in {"C2": 30, "C5": 120}.items():
+        own = replace(config, data_root=str(roots[centre]), cache=str(tmp_path / "slices"))
+        numbers = {number for _, number, _ in volumes.nifti_files(roots[centre])}
+        assert numbers == {first, first + 1}
+        here = fedgs.load_data(own, [centre])
+        assert here.source == "LiTS stand-in"
+        assert here.facts[centre] == fedgs.load_data(config, [centre]).facts[centre]
+
+    with pytest.raises(UserError, match="has no volumes of centre C3: leave it out"):
+        hospital.link_volumes(roots["C2"], "C3", tmp_path)
+
+
+def test_a_demonstration_needs_the_source(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(loopback, "ROOT", tmp_path)
+    code = exit_code(hospital.main, ["demo", "--out", tmp_path / "new"])
+    refused(capsys, code, "the demonstration needs the source")
 
 
 def test_a_demonstration_needs_an_empty_folder(tmp_path, capsys):

@@ -6,15 +6,19 @@ flower/pyproject.toml names the two apps below. docs/hospitals.md has all comman
 """
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+import data
 import fedgs
-from support import flower, options
+from support import flower, manifest, options
+from support.errors import UserError
 
 server = ServerApp()
 client = ClientApp()
@@ -38,13 +42,45 @@ def configure(text: str) -> tuple[fedgs.Config, flower.Policy]:
     options.add_options(parser, flower.Policy, POLICY)
     given = vars(parser.parse_args(arguments))
 
-    own = {name: given.pop(name) for name in POLICY if name in given}
-    policy = flower.Policy(**own)
+    of_policy = {}
+    for name in POLICY:
+        if name in given:
+            of_policy[name] = given.pop(name)
+    policy = flower.Policy(**of_policy)
     flower.check_policy(policy)
 
     # No image is here, by which a preset could be chosen.
-    config, _ = fedgs.configure({"preset": "paper", **given})
+    given = {"preset": "paper", **given}
+    if given.get("dataset", "polypgen") not in data.CENTRES:
+        return own_images(given), policy
+    config, _ = fedgs.configure(given)
     return config, policy
+
+
+def own_images(given: Mapping[str, Any]) -> fedgs.Config:
+    """The configuration of a run on the hospitals' own images.
+
+    In one process a manifest tells what they are. Here each hospital has one, of its own centre,
+    and nobody has all. Raises UserError where it is not said instead.
+    """
+    for name in ("centres", "images"):
+        if name not in given:
+            raise UserError(
+                f"--dataset {given['dataset']}: its manifests are at the hospitals, so name the "
+                "centres with --centres, and say with --images whether they have colour or grey "
+                "images, or slices"
+            )
+
+    name = manifest.name_of(Path(given["dataset"]))
+    preset = fedgs.PRESETS.get(given["preset"], {})
+    values = {
+        "out_centre": "",
+        **manifest.measured_as(given["images"]),
+        **preset,
+        **given,
+        "dataset": name,
+    }
+    return fedgs.Config(**options.with_tuples(fedgs.Config, values))
 
 
 POLICY = [f.name for f in fields(flower.Policy) if "help" in f.metadata]

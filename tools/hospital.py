@@ -4,6 +4,7 @@
         --superlink fedgs.example.org:443 --root-certificates ca.crt --key C3
     python -m tools.hospital demo
     python -m tools.hospital demo --data-root /data/polypgen --centres C1 C2 C6 --rounds 5
+    python -m tools.hospital demo --dataset lits
 
 check looks at what a hospital's node will need: programs, kernels, the centre's images, disk, its
 key, and the way to the coordinator. Nothing of the images leaves the machine.
@@ -15,6 +16,7 @@ takes the options of fedgs.py, and those that say what happens when a hospital i
 
 import argparse
 import contextlib
+import csv
 import datetime
 import http.client
 import importlib.metadata
@@ -30,16 +32,20 @@ import torch
 
 import data
 import fedgs
-from support import hardware, loopback, options, runs, tables
+from support import hardware, loopback, manifest, options, runs, standin, tables, volumes
 from support.errors import UserError, for_people, readable_errors
 
-DEMO = {  # where nothing else is said: two hospitals and a held-out centre, for a few minutes
+DEMO = {  # where nothing else is said: something for a few minutes
     "preset": "quick",
     "rounds": 2,
-    "centres": ["C4", "C5", "C6"],
-    "out_centre": "C6",
     "device": "cpu",
 }
+TAKE_PART = {  # two hospitals and a held-out centre, with few images
+    "polypgen": {"centres": ["C4", "C5", "C6"], "out_centre": "C6"},
+    "lits": {"centres": ["C2", "C3", "C5"], "out_centre": "C5"},
+}
+OF_MANIFEST = ("dataset", "centres", "images", "split", "tau", "log_base")  # what it decides
+OF_THIS_MACHINE = ("data_root", "cache")  # each hospital has its own
 IMAGES = (
     "dataset",
     "data_root",
@@ -205,31 +211,42 @@ def certificate_end(host: str, port: int, context: ssl.SSLContext) -> datetime.d
 # --------------------------------------------------------------------------------- demonstration
 
 
-def demo(given: Mapping, arguments: Sequence[str], folder: Path) -> None:
+def demo(config: fedgs.Config, arguments: Sequence[str], folder: Path) -> None:
     """A whole federation on this machine. Raises UserError where it cannot run, or did not end.
 
-    given: options of fedgs.py; arguments: all options of the run, as they are typed.
+    arguments: all options of the run, as they are typed.
     """
     look_at_programs()
-    config, _ = fedgs.configure(given)
-    if config.dataset != "polypgen":
-        raise UserError("--dataset lits: the demonstration has PolypGen or its stand-in")
+    look_at_source()
     runs.check_empty(folder)
     folder = folder.resolve()
 
     print(f"{len(config.centres)} hospitals and a coordinator start in {folder}", flush=True)
     with federation(config, folder) as running:
         print("they are there; what Flower says of the run follows\n", flush=True)
-        for line in loopback.follow_run(running, [*arguments, "--out", str(folder / "run")]):
+        run = folder / "run"
+        for line in loopback.follow_run(running, [*arguments, "--out", str(run)]):
+            # Of Flower's own lines those are left out that say that it goes on.
             if "\x1b[92mINFO" not in line:
                 print(line, flush=True)
 
-    if not (folder / "run" / "results.json").exists():
+    # Flower's command ends with 0 for a run that failed, too.
+    if not (run / "results.json").exists():
         raise UserError(f"the run did not end well: see above, and the logs in {folder}")
     print(f"\neach hospital's own tables and pictures: {folder}/hospital-*/results")
     if "proxy" in running.ports:
         received, sent = loopback.bytes_of(running)
         print(f"through the proxy: {received / 2**20:.1f} MiB in, {sent / 2**20:.1f} MiB out")
+
+
+def look_at_source() -> None:
+    """The app that Flower sends, and the proxy's configuration. Raises UserError without them."""
+    app = loopback.ROOT / "flower"
+    if not (app / "pyproject.toml").exists():
+        raise UserError(
+            f"{app} is missing: the demonstration needs the source, so install it from there, with "
+            'pip install -e ".[flower]"'
+        )
 
 
 @contextlib.contextmanager
@@ -254,29 +271,86 @@ def federation(config: fedgs.Config, folder: Path) -> Iterator[loopback.Parts]:
         for centre in config.centres:
             loopback.make_node_key(keys, centre)
             loopback.register(running, centre)
+
         for centre in config.centres:
-            here = {"data-root": str(roots[centre]), "device": config.device}
-            here["out"] = str(folder / f"hospital-{centre}" / "results")
+            # All of a hospital's own is in one folder, and nothing is written beside its images.
+            home = home_of(centre, folder)
+            here = {
+                "data-root": str(roots[centre]),
+                "cache": str(home / "cache"),
+                "device": config.device,
+                "out": str(home / "results"),
+            }
             loopback.start_node(running, centre, here)
         yield running
 
 
+# ------------------------------------------------------------------------- each hospital's images
+
+
+def home_of(centre: str, folder: Path) -> Path:
+    """A hospital's own folder in the demonstration's."""
+    return folder / loopback.name_of_node(centre)
+
+
 def share_out(config: fedgs.Config, folder: Path) -> dict[str, Path]:
-    """A folder for each centre that holds its images alone. -> {centre: folder}"""
+    """Give each hospital its own centre's images alone. -> {centre: its --data-root}"""
     root = data.find(config.dataset, config.data_root)
     if root is None:
         root = data.draw_stand_in(config.dataset, config.centres, config.image_size, config.cache)
+
     roots = {}
     for centre in config.centres:
-        own = folder / f"hospital-{centre}" / "data"
+        own = home_of(centre, folder) / "data"
         own.mkdir(parents=True)
-        flags = Path("metadata") / f"my_dataDetails_{centre}.csv"
-        for part in (Path(f"data_{centre}"), flags, Path("index.csv")):
-            if (root / part).exists():
-                (own / part).parent.mkdir(exist_ok=True)
-                (own / part).symlink_to((root / part).resolve())
         roots[centre] = own
+        if config.dataset == "polypgen":
+            link_frames(root, centre, own)
+        elif config.dataset == "lits":
+            link_volumes(root, centre, own)
+        else:
+            roots[centre] = own / f"{config.dataset}.csv"
+            write_manifest(root, centre, roots[centre])
     return roots
+
+
+def link_frames(root: Path, centre: str, own: Path) -> None:
+    """One centre's part of PolypGen, as links. Groups of frames are in one table for all."""
+    flags = Path("metadata") / f"my_dataDetails_{centre}.csv"
+    for part in (Path(f"data_{centre}"), flags, Path("index.csv")):
+        if (root / part).exists():
+            (own / part).parent.mkdir(exist_ok=True)
+            (own / part).symlink_to((root / part).resolve())
+
+
+def link_volumes(root: Path, centre: str, own: Path) -> None:
+    """One centre's volumes of LiTS, as links. Raises UserError where it has none."""
+    paths = []
+    for _, number, path in volumes.nifti_files(root):
+        if number in data.LITS_VOLUMES[centre]:
+            paths.append(path)
+    if not paths:
+        raise UserError(f"{root} has no volumes of centre {centre}: leave it out with --centres")
+
+    # Drawn volumes stay marked as such: the mark lies beside them.
+    marks = {path.parent / standin.MARK for path in paths}
+    for path in [*paths, *marks]:
+        if path.exists():
+            (own / path.name).symlink_to(path.resolve())
+
+
+def write_manifest(whole: Path, centre: str, own: Path) -> None:
+    """One centre's rows of a manifest, which name the same files."""
+    rows = [[*manifest.REQUIRED, *manifest.OPTIONAL]]
+    for row in manifest.read(whole):
+        if row.centre == centre:
+            files = [str(row.image.absolute()), str(row.mask.absolute())]
+            small = "" if row.small is None else str(row.small)
+            rows.append([centre, *files, row.group, small, row.split])
+
+    # The centre's folder alone tells the names of its images, so that links are not followed.
+    with own.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -323,20 +397,29 @@ def run_demo(given: argparse.Namespace) -> None:
     del values["verb"], values["run"]
     folder = Path(values.pop("out", "runs/hospitals"))
 
-    # The coordinator takes them as they would be typed, but for what names places of this machine.
+    dataset = values.get("dataset", "polypgen")
+    values = {**TAKE_PART.get(dataset, {}), **values}
+    names = {f.name for f in fields(fedgs.Config)}
+    config, _ = fedgs.configure({name: x for name, x in values.items() if name in names})
+    if dataset not in TAKE_PART:
+        # The coordinator has no manifest: it is told what ours says.
+        for name in OF_MANIFEST:
+            values[name] = getattr(config, name)
+    demo(config, as_typed(values), folder)
+
+
+def as_typed(values: Mapping) -> list[str]:
+    """Options of a run by name, as the coordinator types them."""
     arguments = []
     for name, value in values.items():
-        if name in ("data_root", "cache"):
+        if name in OF_THIS_MACHINE:
             continue
         arguments.append(options.spelling(name))
-        if isinstance(value, list):
-            arguments += value
+        if isinstance(value, list | tuple):
+            arguments += map(str, value)
         elif value is not True:
             arguments.append(str(value))
-
-    names = {f.name for f in fields(fedgs.Config)}
-    config = {name: value for name, value in values.items() if name in names}
-    demo(config, arguments, folder)
+    return arguments
 
 
 if __name__ == "__main__":
