@@ -221,12 +221,23 @@ def test_a_round_is_one_message_a_hospital(quick, alone):
     grid, folder = quick()
     assert grid.asked("C4") == ["query", "train", "train.on", "evaluate", "evaluate.test"]
     assert grid.asked("C6") == ["query", "evaluate.test"]  # the held-out centre
+    assert {request.metadata.ttl for request in grid.requests} == {PATIENT.patience}
     assert_equal_runs(alone, folder)
 
 
 @pytest.mark.slow
-def test_a_centres_own_statistics_are_measured_there_and_stay_there(quick, config, alone, tmp_path):
+def test_a_centres_own_statistics_are_measured_there_and_stay_there(
+    quick, config, alone, monkeypatch, tmp_path
+):
     """Validation with them is one process's; what is trained does not know of them."""
+    drawn = []
+    draw = fedgs.draw_tests
+
+    def watch(clients, tests, heading):
+        drawn.extend(test.batch_norm for test in tests)
+        return draw(clients, tests, heading)
+
+    monkeypatch.setattr(fedgs, "draw_tests", watch)
     local = replace(config, batch_norm="local", out=str(tmp_path / "one"))
     fedgs.run(local)
     _, folder = quick(batch_norm="local")
@@ -234,7 +245,8 @@ def test_a_centres_own_statistics_are_measured_there_and_stay_there(quick, confi
     assert_same_weights(folder / "last.pt", alone / "last.pt")
     assert rows(folder / "rounds.csv")[0]["dice"] != rows(alone / "rounds.csv")[0]["dice"]
 
-    # The hospital's own pictures and tables are of these statistics; the network is everybody's.
+    # The hospital's own pictures are of these statistics; the network is everybody's.
+    assert set(drawn) == {"local"}
     own = tmp_path / "C6" / runs.run_name(config) / "test-1"
     assert {row["batch_norm"] for row in rows(own / "scores.csv")} == {"averaged", "local"}
     assert_same_weights(own / "tested.pt", folder / "best.pt")
@@ -462,7 +474,8 @@ def test_an_answer_that_comes_late_is_dropped(config, nodes):
     pull = grid.pull_messages
 
     def pull_late(ids):
-        return [*(late if len(grid.asked("C5")) == 3 else []), *pull(ids), *pull(ids)]
+        found = pull(ids)
+        return [*(late if len(grid.asked("C5")) == 3 else []), *found, *found]
 
     grid.pull_messages = pull_late
     clients = meet(grid, config, replace(PATIENT, patience=0.5))
@@ -642,6 +655,16 @@ def test_a_run_stops_below_its_quorum_and_can_go_on(quick, alone, policy, words)
         quick(absent("C5", "train.on"), replace(PATIENT, **policy))
     _, folder = quick(resume=True)
     assert_equal_runs(alone, folder)
+
+
+def test_more_than_half_of_those_who_train_are_a_quorum(config, nodes):
+    """Two of three: the held-out centre does not count."""
+    nodes = [{**nodes[0], "centre": "C1"}, *nodes]
+    config = replace(config, centres=("C1", *CENTRES))
+    grid = Recorded(nodes, absent("C5", "train"))
+    clients = meet(grid, config, replace(PATIENT, allow_missing=True))
+    updates = clients.train(state_of(config), 1)
+    assert [update.client for update in updates] == ["C1", "C4"]
 
 
 def test_the_final_test_needs_everybody(quick):

@@ -1,7 +1,6 @@
 """The preflight of a hospital, and a federation of real processes: SuperLink, proxy and nodes."""
 
 import http.client
-import json
 import os
 import shlex
 import shutil
@@ -20,6 +19,7 @@ from conftest import (
     assert_same_weights,
     exit_code,
     refused,
+    rows,
     shrink_stand_ins,
     without_time,
 )
@@ -27,7 +27,7 @@ from conftest import (
 pytest.importorskip("flwr", reason="flwr is not installed, or this Python is older than 3.11")
 
 import fedgs
-from support import flower, loopback, manifest, volumes
+from support import flower, loopback, manifest, runs, volumes
 from support.errors import UserError
 from tools import flower_apps, hospital
 
@@ -55,12 +55,15 @@ def federation(square_root, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
-    [["--rounds", "2"], ["--rounds", "1", "--model", "sd-utnet"]],
+    ("options", "killed"),
+    [(["--rounds", "2"], True), (["--rounds", "1", "--model", "sd-utnet"], False)],
     ids=["utnet", "sd-utnet"],
 )
-def test_real_hospitals_are_one_process(federation, square_root, tmp_path, options):
-    """TLS, keys, a proxy, a folder each: every bit is that of one process with as many threads."""
+def test_real_hospitals_are_one_process(federation, square_root, tmp_path, options, killed):
+    """TLS, keys, a proxy, a folder each: every bit is that of one process with as many threads.
+
+    killed: the SuperLink is, in a round. It is started again, and the run goes on with --resume.
+    """
     options = [*OPTIONS, *options]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -69,17 +72,23 @@ def test_real_hospitals_are_one_process(federation, square_root, tmp_path, optio
     torch.set_num_threads(threads)
 
     arguments = [*options, "--threads", "1", "--patience", "900", "--out", str(tmp_path / "run")]
+    if killed:
+        for line in loopback.follow_run(federation, arguments):
+            if line.startswith("round   1/2"):
+                loopback.end(federation.processes.pop("superlink"), signal.SIGKILL)
+                loopback.start_superlink(federation)
+        assert not (tmp_path / "run" / "results.json").exists()
+        assert len(rows(tmp_path / "run" / "rounds.csv")) == 1
+        arguments.append("--resume")
     said = "\n".join(loopback.follow_run(federation, arguments))
     assert (tmp_path / "run" / "results.json").exists(), said
     for name in ("last", "best", "best_small"):
         assert_same_weights(tmp_path / "alone" / f"{name}.pt", tmp_path / "run" / f"{name}.pt")
-    rounds = [without_time(tmp_path / one / "rounds.csv") for one in ("alone", "run")]
-    assert rounds[0] == rounds[1]
-    results = [
-        json.loads((tmp_path / one / "results.json").read_text()) for one in ("alone", "run")
-    ]
-    for name in ("data", "notes", "checkpoints"):
-        assert results[0][name] == results[1][name]
+    one, other = (without_time(tmp_path / name / "rounds.csv") for name in ("alone", "run"))
+    assert one == other
+    one, other = (runs.read_results(tmp_path / name) for name in ("alone", "run"))
+    for name in ("data", "notes", "checkpoints", "rounds"):
+        assert one[name] == other[name]
 
 
 @pytest.mark.slow
@@ -213,10 +222,10 @@ def test_a_preflight_shows_a_table_of_the_centre(square_root, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"fedgs {fedgs.__version__}, torch {torch.__version__.partition('+')[0]}, flwr " in said
     assert "kernels " in said
-    rows = [line.split() for line in said.splitlines()]
-    assert ["train", "9", "9", "9"] in rows
-    assert ["validation", "1", "1", "1"] in rows
-    assert ["test", "2", "2", "2"] in rows
+    lines = [line.split() for line in said.splitlines()]
+    assert ["train", "9", "9", "9"] in lines
+    assert ["validation", "1", "1", "1"] in lines
+    assert ["test", "2", "2", "2"] in lines
     assert "PROBLEM" not in said
 
 
@@ -296,14 +305,14 @@ def test_a_demonstration_passes_on_what_was_typed(monkeypatch, square_root, tmp_
 
 def test_a_demonstration_of_ones_own_images_says_what_they_are(monkeypatch, square_root, tmp_path):
     """The coordinator has no manifest, and each hospital one of its own."""
-    rows = ["centre,image,mask,group"]
+    lines = ["centre,image,mask,group"]
     for centre in ("C4", "C5"):
         for i in range(10):
             files = [f"images_{centre}/{i:02}.jpg", f"masks_{centre}/{i:02}_mask.jpg"]
             names = [str(square_root / f"data_{centre}" / file) for file in files]
-            rows.append(",".join([f"St {centre}", *names, f"patient {i // 2}"]))
+            lines.append(",".join([f"St {centre}", *names, f"patient {i // 2}"]))
     whole = tmp_path / "cohort.csv"
-    whole.write_text("\n".join(rows))
+    whole.write_text("\n".join(lines))
     seen = []
     monkeypatch.setattr(hospital, "demo", lambda *what: seen.extend(what))
     options = [

@@ -20,6 +20,7 @@ import fedgs
 from support import flower, manifest, options
 from support.errors import UserError
 
+# flower/pyproject.toml finds them under these names.
 server = ServerApp()
 client = ClientApp()
 
@@ -27,6 +28,7 @@ client = ClientApp()
 @server.main()
 def coordinate(grid: Grid, context: Context) -> None:
     """A whole run: the round loop with the hospitals as its clients."""
+    # Whatever is refused ends the run with its sentence, which Flower shows whoever started it.
     config, policy = configure(str(context.run_config.get("options", "")))
     fedgs.run(config, "for hospitals", flower.hospitals(grid, policy, fedgs))
 
@@ -36,12 +38,14 @@ def configure(text: str) -> tuple[fedgs.Config, flower.Policy]:
 
     Raises UserError.
     """
+    # As a shell would take them apart.
     arguments = shlex.split(text)
     parser = options.new_parser(__doc__)
     options.add_options(parser, fedgs.Config)
     options.add_options(parser, flower.Policy, POLICY)
     given = vars(parser.parse_args(arguments))
 
+    # The policy is this process's alone. The rest is what a run in one process has, too.
     of_policy = {}
     for name in POLICY:
         if name in given:
@@ -71,6 +75,8 @@ def own_images(given: Mapping[str, Any]) -> fedgs.Config:
                 "images, or slices"
             )
 
+    # The preset overrides what slices have, and what was typed overrides both: as in
+    # fedgs.configure.
     name = manifest.name_of(Path(given["dataset"]))
     preset = fedgs.PRESETS.get(given["preset"], {})
     values = {
@@ -83,6 +89,7 @@ def own_images(given: Mapping[str, Any]) -> fedgs.Config:
     return fedgs.Config(**options.with_tuples(fedgs.Config, values))
 
 
+# What can be typed, other than how often the coordinator looks for answers.
 POLICY = [f.name for f in fields(flower.Policy) if "help" in f.metadata]
 
 
@@ -93,6 +100,7 @@ def work(message: Message, context: Context) -> Message:
 
 def register(app: Any) -> None:
     """One function does whatever is asked for: the message says what that is."""
+    # Flower knows three kinds of messages, and actions of each: "train.on" is an action of train.
     for name in flower.MESSAGES:
         category, _, action = name.partition(".")
         getattr(app, category)(action or "default")(work)
