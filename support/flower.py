@@ -23,6 +23,7 @@ import json
 import math
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -729,7 +730,9 @@ def own_config(text: str, here: Mapping[str, Any], method: Any) -> Any:
 
 def run_folder(config: Any, request: Mapping[str, Any]) -> Path:
     """Where this hospital's own results of a test belong, below its node's folder."""
-    return Path(runs.run_name(config)) / f"test-{int(request['round'])}"
+    # Runs of one name may differ in other settings. One that goes on has the same.
+    number = zlib.crc32(request["config"].encode())
+    return Path(f"{runs.run_name(config)}-{number:08x}") / f"test-{int(request['round'])}"
 
 
 def keep_tests(clients: Any, tests: Sequence[Any], config: Any, folder: Path, method: Any) -> None:

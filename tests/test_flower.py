@@ -19,7 +19,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import fedgs
 import metrics
-from support import flower, runs
+from support import flower
 from support.errors import UserError
 from tools import flower_apps
 
@@ -160,6 +160,11 @@ def results_of(folder):
     return results
 
 
+def tests_at(centre, folder):
+    """Where a hospital has kept its own results of the first test, run by run."""
+    return sorted((folder / centre).glob("*/test-1"))
+
+
 def state_of(config):
     return fedgs.FlatNetwork(fedgs.build_network(config)).state()
 
@@ -185,7 +190,6 @@ def enter(context):
 def test_hospitals_are_one_process(config, nodes, options, tmp_path):
     """Their answers cross as bytes, and come in any order."""
     config = replace(config, **options)
-    name = runs.run_name(config)
     fedgs.run(replace(config, out=str(tmp_path / "alone")))
     run(Grid(nodes), replace(config, out=str(tmp_path / "run")))
     assert_equal_runs(tmp_path / "alone", tmp_path / "run")
@@ -195,10 +199,10 @@ def test_hospitals_are_one_process(config, nodes, options, tmp_path):
     assert not (tmp_path / "run" / "predictions.png").exists()
     own = []
     for centre in CENTRES:
-        own += rows(tmp_path / centre / name / "test-1" / "scores.csv")
+        own += rows(tests_at(centre, tmp_path)[0] / "scores.csv")
     of_one = [row for row in rows(tmp_path / "alone" / "scores.csv") if row["checkpoint"] == "best"]
     assert own == [{**row, "checkpoint": "tested"} for row in of_one]
-    own = tmp_path / "C4" / name / "test-1"
+    own = tests_at("C4", tmp_path)[0]
     assert (own / "predictions.png").exists()
     assert_same_weights(own / "tested.pt", tmp_path / "run" / "best.pt")
 
@@ -247,7 +251,7 @@ def test_a_centres_own_statistics_are_measured_there_and_stay_there(
 
     # The hospital's own pictures are of these statistics; the network is everybody's.
     assert set(drawn) == {"local"}
-    own = tmp_path / "C6" / runs.run_name(config) / "test-1"
+    [own] = tests_at("C6", tmp_path)
     assert {row["batch_norm"] for row in rows(own / "scores.csv")} == {"averaged", "local"}
     assert_same_weights(own / "tested.pt", folder / "best.pt")
 
@@ -259,6 +263,14 @@ def test_without_a_held_out_centre_all_hospitals_train(quick, config, tmp_path):
     assert grid.asked("C6") == ["query", "train", "evaluate", "evaluate.test"]
     assert_equal_runs(tmp_path / "one", folder)
     assert results_of(folder)["checkpoints"]["best"]["averaged"]["out_test"]["dice"]["n"] == 0
+
+
+def test_two_runs_of_one_name_have_folders_of_their_own_at_a_hospital(config, nodes, tmp_path):
+    """As one that goes on has not."""
+    for changes in ({}, {"lr": 0.5}, {"rounds": 3}):
+        clients = meet(Grid(nodes), replace(config, **changes))
+        clients.test(state_of(config))
+    assert len(tests_at("C4", tmp_path)) == 2
 
 
 def test_a_hospital_that_failed_is_asked_again_and_the_bits_stay(quick, alone):
