@@ -48,6 +48,7 @@ MESSAGES = {  # what Flower calls a request -> what a hospital then does, in thi
     "evaluate": ["validate"],
     "evaluate.test": ["test"],
 }
+STATE = ("parameters", "buffers", "counters")  # what crosses of the server's state
 NO_FACTS = data.Facts(0, 0, 0, 0, 0, "")  # of which types a centre's facts are
 IDENTITY = {  # what every answer says of its sender, see `describe`
     *("centre", "version", "torch", "kernels", "precision", "network", "threads"),
@@ -94,6 +95,11 @@ def pack(tensors: Mapping[str, Tensor]) -> ArrayRecord:
         # Flower's arrays are NumPy's, which are on the CPU and have no bfloat16.
         arrays[name] = FlowerArray(tensor.cpu().numpy())
     return ArrayRecord(arrays)
+
+
+def tensors_of(state: Any) -> dict[str, Tensor]:
+    """{name: tensor} of a state, as far as it crosses."""
+    return {name: getattr(state, name) for name in STATE}
 
 
 def unpack(record: ArrayRecord, expected: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
@@ -355,7 +361,7 @@ class HospitalClients:
         again. Raises UserError, naming everyone that failed, where the policy does not go on.
         """
         # Packed once, however many hospitals there are. The first meeting has no state to send.
-        record = None if state is None else pack(state._asdict())
+        record = None if state is None else pack(tensors_of(state))
         asked = {}
         for centre in centres:
             asked[centre] = Asked(self.policy.attempts, time.monotonic() + self.policy.patience)
@@ -623,6 +629,10 @@ def hospitals(
 
     @contextlib.contextmanager
     def open_hospitals(config: Any) -> Iterator[HospitalClients]:
+        # A request has no place for it, and nothing at a hospital outlives one.
+        if config.method == "fedbn":
+            raise UserError("--method fedbn: what its clients keep is not kept between hospitals")
+
         hardware.prepare_torch()
         device = hardware.choose_device(config.device)
         flat = method.FlatNetwork(method.build_network(config).to(device))
@@ -678,7 +688,7 @@ def answer(
     tasks = MESSAGES[message.metadata.message_type]
     if tasks:
         like = clients.flat.state()
-        arrived = unpack(message.content["state"], like._asdict(), "the server's state")
+        arrived = unpack(message.content["state"], tensors_of(like), "the server's state")
         state = like._replace(**arrived)
 
     if "validate" in tasks:

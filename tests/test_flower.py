@@ -830,6 +830,13 @@ def test_a_manifest_has_the_name_that_everybody_agreed_on(square_root, tmp_path)
     assert "Smith" not in str(error.value)
 
 
+def test_a_method_whose_clients_keep_something_is_refused(config, nodes):
+    grid = Grid(nodes)
+    with pytest.raises(UserError, match="--method fedbn: what its clients keep"):
+        meet(grid, replace(config, method="fedbn"))
+    assert grid.requests == []
+
+
 @pytest.mark.parametrize(
     "text", ["--patience 0", "--attempts 0", "--quorum -1", "--patience inf", "--threads -2"]
 )
