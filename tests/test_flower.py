@@ -160,7 +160,7 @@ def results_of(folder):
     return results
 
 
-def tests_at(centre, folder):
+def kept_at(centre, folder):
     """Where a hospital has kept its own results of the first test, run by run."""
     return sorted((folder / centre).glob("*/test-1"))
 
@@ -199,10 +199,10 @@ def test_hospitals_are_one_process(config, nodes, options, tmp_path):
     assert not (tmp_path / "run" / "predictions.png").exists()
     own = []
     for centre in CENTRES:
-        own += rows(tests_at(centre, tmp_path)[0] / "scores.csv")
+        own += rows(kept_at(centre, tmp_path)[0] / "scores.csv")
     of_one = [row for row in rows(tmp_path / "alone" / "scores.csv") if row["checkpoint"] == "best"]
     assert own == [{**row, "checkpoint": "tested"} for row in of_one]
-    own = tests_at("C4", tmp_path)[0]
+    own = kept_at("C4", tmp_path)[0]
     assert (own / "predictions.png").exists()
     assert_same_weights(own / "tested.pt", tmp_path / "run" / "best.pt")
 
@@ -251,7 +251,7 @@ def test_a_centres_own_statistics_are_measured_there_and_stay_there(
 
     # The hospital's own pictures are of these statistics; the network is everybody's.
     assert set(drawn) == {"local"}
-    [own] = tests_at("C6", tmp_path)
+    [own] = kept_at("C6", tmp_path)
     assert {row["batch_norm"] for row in rows(own / "scores.csv")} == {"averaged", "local"}
     assert_same_weights(own / "tested.pt", folder / "best.pt")
 
@@ -270,7 +270,7 @@ def test_two_runs_of_one_name_have_folders_of_their_own_at_a_hospital(config, no
     for changes in ({}, {"lr": 0.5}, {"rounds": 3}):
         clients = meet(Grid(nodes), replace(config, **changes))
         clients.test(state_of(config))
-    assert len(tests_at("C4", tmp_path)) == 2
+    assert len(kept_at("C4", tmp_path)) == 2
 
 
 def test_a_hospital_that_failed_is_asked_again_and_the_bits_stay(quick, alone):

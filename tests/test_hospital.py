@@ -305,12 +305,12 @@ def test_a_demonstration_passes_on_what_was_typed(monkeypatch, square_root, tmp_
 
 def test_a_demonstration_of_ones_own_images_says_what_they_are(monkeypatch, square_root, tmp_path):
     """The coordinator has no manifest, and each hospital one of its own."""
-    lines = ["centre,image,mask,group"]
+    lines = ["centre,image,mask,group,small"]
     for centre in ("C4", "C5"):
         for i in range(10):
             files = [f"images_{centre}/{i:02}.jpg", f"masks_{centre}/{i:02}_mask.jpg"]
             names = [str(square_root / f"data_{centre}" / file) for file in files]
-            lines.append(",".join([f"St {centre}", *names, f"patient {i // 2}"]))
+            lines.append(",".join([f"St {centre}", *names, f"patient {i // 2}", str(i > 3)]))
     whole = tmp_path / "cohort.csv"
     whole.write_text("\n".join(lines))
     seen = []
@@ -339,6 +339,7 @@ def test_a_demonstration_of_ones_own_images_says_what_they_are(monkeypatch, squa
         found = fedgs.load_data(own, [centre])
         assert found.facts[centre] == fedgs.load_data(config, [centre]).facts[centre]
         assert found.source == "cohort"
+        assert found.facts[centre].flagged == 10
 
 
 def test_a_volume_is_given_to_its_centres_hospital_alone(monkeypatch, cache, tmp_path):
