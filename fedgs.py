@@ -916,7 +916,7 @@ def run(config: Config, why: str = "as given", open_hospitals: Callable | None =
     or folder cannot be used, before anything is written, and for a round that is refused.
     """
     # Everything that can be refused is refused here: nothing is loaded or written yet.
-    config = settle(config)
+    config = settle(config, elsewhere=open_hospitals is not None)
     folder = runs.Folder(config)
     folder.check({"config": asdict(config)})
 
@@ -1059,13 +1059,17 @@ def draw_anatomy(network: SDUTNet, images: data.Images, i: int, heading: str) ->
 # ------------------------------------------------------------------------ what a run is made of
 
 
-def settle(config: Config) -> Config:
+def settle(config: Config, elsewhere: bool = False) -> Config:
     """A configuration that can be run, with the arithmetic that its device decides on.
 
     A run's record has to say which that was, since "auto" is something else on another machine.
-    Raises UserError for values that no run can use.
+    elsewhere: not all images are here, so that no manifest tells which centres there are. Raises
+    UserError for values that no run can use.
     """
-    options.check(config, data.centres_in(config.dataset, config.data_root))
+    known_centres = config.centres
+    if config.dataset in data.CENTRES or not elsewhere:
+        known_centres = data.centres_in(config.dataset, config.data_root)
+    options.check(config, known_centres)
     device = hardware.choose_device(config.device)
     return replace(config, precision=hardware.choose_precision(config.precision, device))
 

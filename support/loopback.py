@@ -37,12 +37,14 @@ def make_certificates(folder: Path) -> None:
 
     Raises OSError.
     """
+    # It comes with Flower, and preflights run without it.
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.x509.oid import NameOID
 
     def build(name: str, issuer: str, key: Any, is_authority: bool) -> Any:
+        # A little back in time, since clocks do not agree to the second.
         now = datetime.datetime.now(datetime.timezone.utc)
         builder = x509.CertificateBuilder(
             subject_name=x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]),
@@ -69,6 +71,7 @@ def make_certificates(folder: Path) -> None:
     ca = add(ca, identity).sign(authority, hashes.SHA256())
     (folder / "ca.crt").write_bytes(pem(ca))
 
+    # Nodes reach the proxy by its name, and the proxy the SuperLink by its address.
     key = ec.generate_private_key(ec.SECP256R1())
     names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address(HOST))]
     server = build("localhost", "FedGS demonstration", key, False)
@@ -84,6 +87,7 @@ def make_node_key(folder: Path, name: str) -> Path:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
+    # The only kind that Flower takes.
     key = ec.generate_private_key(ec.SECP384R1())
     public = key.public_key().public_bytes(
         serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
@@ -111,6 +115,7 @@ def private_bytes(key: Any, form: str) -> bytes:
 
 def write_secret(path: Path, content: bytes) -> None:
     """A file that only its owner reads."""
+    # Made so from the first moment: in between somebody could have opened it.
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         file.write(content)
 
@@ -129,12 +134,17 @@ class Parts:
         self.keys = folder / "keys"
         self.ports: dict[str, int] = {}
         self.processes: dict[str, subprocess.Popen] = {}
+        self.begins: dict[str, int] = {}  # where in a part's log its own lines begin
 
     def start(self, name: str, *command: object, **environment: str) -> None:
         """Start a program in a folder of this name. Its output goes to the folder's log."""
         home = self.folder / name
         home.mkdir(parents=True, exist_ok=True)
+
+        # In a group of its own, so that it can be ended with all that it starts, and Ctrl-C on our
+        # terminal reaches us alone. A question that it asked would never be answered.
         with (home / f"{name}.log").open("ab") as log:
+            self.begins[name] = log.tell()
             self.processes[name] = subprocess.Popen(
                 [program(str(command[0])), *map(str, command[1:])],
                 cwd=home,
@@ -155,6 +165,7 @@ class Parts:
         """Raise UserError where a part has ended by itself."""
         for name, process in self.processes.items():
             if process.poll() is not None:
+                # What a program says last is mostly why it ended.
                 lines = self.log(name).strip().splitlines()[-3:]
                 told = " | ".join(lines) or "it said nothing"
                 raise UserError(f"{name} ended by itself: {told} ({self.folder / name})")
@@ -163,6 +174,7 @@ class Parts:
         """Wait until something is there, as long as all parts run. -> what `ready` returned"""
         deadline = time.monotonic() + seconds
         while not (found := ready()):
+            # Without one of them the others would wait for nothing.
             self.check()
             if time.monotonic() > deadline:
                 raise UserError(f"{what}: not after {seconds:g} s (logs in {self.folder})")
@@ -171,9 +183,11 @@ class Parts:
 
     def follow(self, name: str) -> Iterator[str]:
         """The lines that a part writes, until it ends by itself; the others have to go on."""
+        # From here on it may end without being missed.
         process = self.processes.pop(name)
         try:
             with (self.folder / name / f"{name}.log").open(encoding="utf-8") as log:
+                log.seek(self.begins[name])
                 ended = False
                 while True:
                     line = log.readline()
@@ -191,6 +205,7 @@ class Parts:
 
     def close(self) -> None:
         """End everything, and what Flower has started besides."""
+        # All at once: a node takes seconds to end.
         for process in self.processes.values():
             signal_group(process, signal.SIGTERM)
         for process in self.processes.values():
@@ -209,6 +224,8 @@ class Parts:
 def end(process: subprocess.Popen, how: int = signal.SIGTERM) -> None:
     """End a process and its group."""
     signal_group(process, how)
+
+    # What has not ended by then, and what it has left behind in its group, is not asked again.
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(10)
     signal_group(process, signal.SIGKILL)
@@ -220,6 +237,7 @@ def processes_of(folder: Path) -> list[int]:
     mark = f"FLWR_HOME={folder}/".encode()
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
+        # Those of other users cannot be read, and some end while we look.
         with contextlib.suppress(OSError):
             if mark in (entry / "environ").read_bytes():
                 found.append(int(entry.name))
@@ -250,6 +268,7 @@ def end_with_parent() -> None:
 
 def program(name: str) -> str:
     """A program of the environment in which we run, or of the system. Raises UserError."""
+    # An environment works without being on the PATH.
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if not found:
@@ -259,6 +278,8 @@ def program(name: str) -> str:
 
 def surroundings(home: Path, more: Mapping[str, str]) -> dict[str, str]:
     """Variables of a part: Flower's files in its own folder, and nothing asked of its makers."""
+    # Flower starts programs of its own by name. They import this project as we do, installed or
+    # not.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     python = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     return {
@@ -274,6 +295,7 @@ def surroundings(home: Path, more: Mapping[str, str]) -> dict[str, str]:
 
 def free_port() -> int:
     """A port of the loopback on which nobody listens."""
+    # 0 asks the system for one.
     with socket.socket() as one:
         one.bind((HOST, 0))
         return one.getsockname()[1]
@@ -282,6 +304,7 @@ def free_port() -> int:
 def listens(port: int) -> bool:
     """Whether somebody does."""
     with socket.socket() as one:
+        # A port that is filtered would not even refuse.
         one.settimeout(1)
         return one.connect_ex((HOST, port)) == 0
 
@@ -292,11 +315,14 @@ def listens(port: int) -> bool:
 def start_superlink(running: Parts) -> None:
     """The coordinator's part. It talks TLS, knows nodes by their keys, and fetches no packages."""
     keys = running.keys
-    port = running.ports["superlink"] = free_port()
+
+    # Started again it is where it was: the others look for it there.
+    port = running.ports.setdefault("superlink", free_port())
     running.start(
         "superlink",
         *("flower-superlink", "--host", HOST, "--port", port),
         *("--ssl-ca-certfile", keys / "ca.crt", "--ssl-certfile", keys / "server.crt"),
+        # Nobody takes part whose key was not registered.
         *("--ssl-keyfile", keys / "server.key", "--enable-supernode-auth"),
         *("--database", running.folder / "superlink" / "state.db"),
         "--disable-runtime-dependency-installation",
@@ -319,6 +345,8 @@ def start_proxy(running: Parts) -> None:
     home = running.folder / "proxy"
     home.mkdir(parents=True, exist_ok=True)
     port = running.ports["proxy"] = free_port()
+
+    # The configuration that is handed out is what runs here, so that it is tried every time.
     site = (ROOT / "flower" / "nginx.conf").read_text(encoding="utf-8")
     site = site.replace("listen 443 ", f"listen {HOST}:{port} ")
     site = site.replace(f"{HOST}:8000", f"{HOST}:{running.ports['superlink']}")
@@ -330,6 +358,7 @@ def start_proxy(running: Parts) -> None:
     lines = [*user, "daemon off;", f"pid {home}/nginx.pid;", "events {}", "http {"]
     lines += ["log_format bytes '$request_method $uri $status in $request_length out $bytes_sent';"]
     lines += [f"access_log {home}/access.log bytes;"]
+    # Its own folders belong to root, and we may be anybody.
     for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"):
         lines.append(f"{kind}_temp_path {home}/{kind};")
     lines += [f"include {home}/site.conf;", "}", ""]
@@ -338,13 +367,21 @@ def start_proxy(running: Parts) -> None:
     running.wait("the proxy listens", lambda: listens(port))
 
 
+def name_of_node(centre: str) -> str:
+    """What a hospital's part is called, and its folder."""
+    return f"hospital-{centre}"
+
+
 def start_node(running: Parts, centre: str, settings: Mapping[str, str]) -> None:
     """A hospital's part. settings: its own places, see docs/hospitals.md."""
+    # Flower reads it as TOML, whose strings are written like those of JSON.
     values = {"centre": centre, **settings}
     config = " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
+
+    # Where no proxy is, the SuperLink itself has to do.
     door = running.ports.get("proxy", running.ports["superlink"])
     running.start(
-        f"hospital-{centre}",
+        name_of_node(centre),
         *("flower-supernode", "--superlink", f"localhost:{door}"),
         *("--root-certificates", running.keys / "ca.crt"),
         *("--auth-supernode-private-key", running.keys / centre),
@@ -354,6 +391,7 @@ def start_node(running: Parts, centre: str, settings: Mapping[str, str]) -> None
 
 def flwr(running: Parts, *command: object, seconds: float = 120) -> str:
     """Run Flower's command for the coordinator. -> what it says"""
+    # With the coordinator's FLWR_HOME, where its connections are.
     home = running.folder / "coordinator"
     done = subprocess.run(
         [program("flwr"), *map(str, command)],
@@ -386,6 +424,7 @@ def follow_run(running: Parts, arguments: Sequence[str]) -> Iterator[str]:
 
 def bytes_of(running: Parts) -> tuple[int, int]:
     """What has gone through the proxy. -> bytes that came in from the hospitals, that went out"""
+    # nginx was told to write this of each request: see start_proxy.
     received = sent = 0
     log = running.folder / "proxy" / "access.log"
     for line in log.read_text(encoding="utf-8").splitlines():

@@ -123,12 +123,16 @@ def options_of(path: Path) -> dict[str, Any]:
         "split": "given" if rows[0].split else "fold",
     }
 
+    return {**options, **measured_as(kind)}
+
+
+def measured_as(kind: str) -> dict[str, Any]:
+    """What the kind of one's own images decides about the measure of lesions."""
     # Slices are measured as LiTS's are, so its values are theirs. Images are measured as
     # PolypGen's, whose values are Config's defaults.
     if kind == "slices":
-        options["tau"] = 1000.0
-        options["log_base"] = 1000.0
-    return options
+        return {"tau": 1000.0, "log_base": 1000.0}
+    return {}
 
 
 def kind_of(rows: Sequence[Row]) -> str:

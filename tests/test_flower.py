@@ -18,7 +18,8 @@ from flwr.supercore.inflatable import inflatable_object, inflatable_utils
 from flwr.supercore.task_identity import TaskIdentity
 
 import fedgs
-from support import flower, runs
+import metrics
+from support import flower
 from support.errors import UserError
 from tools import flower_apps
 
@@ -152,10 +153,16 @@ def assert_equal_runs(one, other):
 
 def results_of(folder):
     results = json.loads((folder / "results.json").read_text())
-    del results["seconds"]
+    for name in ("seconds", "checksum", "checksums"):
+        del results[name]
     for name in ("out", "data_root", "workers", "device", "cache", "preset", "label", "resume"):
         del results["config"][name]
     return results
+
+
+def kept_at(centre, folder):
+    """Where a hospital has kept its own results of the first test, run by run."""
+    return sorted((folder / centre).glob("*/test-1"))
 
 
 def state_of(config):
@@ -183,7 +190,6 @@ def enter(context):
 def test_hospitals_are_one_process(config, nodes, options, tmp_path):
     """Their answers cross as bytes, and come in any order."""
     config = replace(config, **options)
-    name = runs.run_name(config)
     fedgs.run(replace(config, out=str(tmp_path / "alone")))
     run(Grid(nodes), replace(config, out=str(tmp_path / "run")))
     assert_equal_runs(tmp_path / "alone", tmp_path / "run")
@@ -193,10 +199,10 @@ def test_hospitals_are_one_process(config, nodes, options, tmp_path):
     assert not (tmp_path / "run" / "predictions.png").exists()
     own = []
     for centre in CENTRES:
-        own += rows(tmp_path / centre / name / "test-1" / "scores.csv")
+        own += rows(kept_at(centre, tmp_path)[0] / "scores.csv")
     of_one = [row for row in rows(tmp_path / "alone" / "scores.csv") if row["checkpoint"] == "best"]
-    assert own == [{name: x for name, x in row.items() if name != "checkpoint"} for row in of_one]
-    own = tmp_path / "C4" / name / "test-1"
+    assert own == [{**row, "checkpoint": "tested"} for row in of_one]
+    own = kept_at("C4", tmp_path)[0]
     assert (own / "predictions.png").exists()
     assert_same_weights(own / "tested.pt", tmp_path / "run" / "best.pt")
 
@@ -219,7 +225,52 @@ def test_a_round_is_one_message_a_hospital(quick, alone):
     grid, folder = quick()
     assert grid.asked("C4") == ["query", "train", "train.on", "evaluate", "evaluate.test"]
     assert grid.asked("C6") == ["query", "evaluate.test"]  # the held-out centre
+    assert {request.metadata.ttl for request in grid.requests} == {PATIENT.patience}
     assert_equal_runs(alone, folder)
+
+
+@pytest.mark.slow
+def test_a_centres_own_statistics_are_measured_there_and_stay_there(
+    quick, config, alone, monkeypatch, tmp_path
+):
+    """Validation with them is one process's; what is trained does not know of them."""
+    drawn = []
+    draw = fedgs.draw_tests
+
+    def watch(clients, tests, heading):
+        drawn.extend(test.batch_norm for test in tests)
+        return draw(clients, tests, heading)
+
+    monkeypatch.setattr(fedgs, "draw_tests", watch)
+    local = replace(config, batch_norm="local", out=str(tmp_path / "one"))
+    fedgs.run(local)
+    _, folder = quick(batch_norm="local")
+    assert_equal_runs(tmp_path / "one", folder)
+    assert_same_weights(folder / "last.pt", alone / "last.pt")
+    assert rows(folder / "rounds.csv")[0]["dice"] != rows(alone / "rounds.csv")[0]["dice"]
+
+    # The hospital's own pictures are of these statistics; the network is everybody's.
+    assert set(drawn) == {"local"}
+    [own] = kept_at("C6", tmp_path)
+    assert {row["batch_norm"] for row in rows(own / "scores.csv")} == {"averaged", "local"}
+    assert_same_weights(own / "tested.pt", folder / "best.pt")
+
+
+def test_without_a_held_out_centre_all_hospitals_train(quick, config, tmp_path):
+    changes = {"out_centre": "", "rounds": 1}
+    fedgs.run(replace(config, out=str(tmp_path / "one"), **changes))
+    grid, folder = quick(**changes)
+    assert grid.asked("C6") == ["query", "train", "evaluate", "evaluate.test"]
+    assert_equal_runs(tmp_path / "one", folder)
+    assert results_of(folder)["checkpoints"]["best"]["averaged"]["out_test"]["dice"]["n"] == 0
+
+
+def test_two_runs_of_one_name_have_folders_of_their_own_at_a_hospital(config, nodes, tmp_path):
+    """As one that goes on has not."""
+    for changes in ({}, {"lr": 0.5}, {"rounds": 3}):
+        clients = meet(Grid(nodes), replace(config, **changes))
+        clients.test(state_of(config))
+    assert len(kept_at("C4", tmp_path)) == 2
 
 
 def test_a_hospital_that_failed_is_asked_again_and_the_bits_stay(quick, alone):
@@ -366,6 +417,19 @@ def add_a_part(content):
     content["update"]["more"] = content["update"]["vector"]
 
 
+def test_both_tallies_of_a_test_have_to_count_its_images(config, nodes):
+    """That of the centre's own statistics, too."""
+
+    def meddle(centre, request, reply):
+        if (centre, request.metadata.message_type) == ("C6", "evaluate.test"):
+            with_array("tally", "local", more_images)(reply.content)
+        return reply
+
+    clients = meet(Recorded(nodes, meddle), config)
+    with pytest.raises(UserError, match="hospital C6 counted other images than the 10 that it"):
+        clients.test(state_of(config))
+
+
 def silence(request, reply):
     return None
 
@@ -422,7 +486,8 @@ def test_an_answer_that_comes_late_is_dropped(config, nodes):
     pull = grid.pull_messages
 
     def pull_late(ids):
-        return [*(late if len(grid.asked("C5")) == 3 else []), *pull(ids), *pull(ids)]
+        found = pull(ids)
+        return [*(late if len(grid.asked("C5")) == 3 else []), *found, *found]
 
     grid.pull_messages = pull_late
     clients = meet(grid, config, replace(PATIENT, patience=0.5))
@@ -454,6 +519,37 @@ def test_hospitals_that_compute_otherwise_are_refused(config, nodes, name, value
 
     with pytest.raises(UserError, match=f"hospital C5 has {name} {value}, not .*compute alike"):
         meet(Recorded(nodes, meddle), replace(config, kernels="cpp"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train", -1),
+        ("validation", 1.0),
+        ("fingerprint", 5),
+        ("filled", 1),
+        ("masks", "x" * 501),
+        ("source", "PolypGen\n\x1b[2J"),
+    ],
+)
+def test_a_hospital_that_says_of_itself_what_cannot_be_is_refused(config, nodes, name, value):
+    def meddle(centre, request, reply):
+        if centre == "C5":
+            reply.content["about"][name] = value
+        return reply
+
+    with pytest.raises(UserError, match=f"hospital C5 announced {name} that cannot be"):
+        meet(Recorded(nodes, meddle), config)
+
+
+def test_a_hospital_that_leaves_out_something_of_itself_is_refused(config, nodes):
+    def meddle(centre, request, reply):
+        if centre == "C5":
+            del reply.content["about"]["torch"]
+        return reply
+
+    with pytest.raises(UserError, match="hospital C5 sent an answer that lacks something"):
+        meet(Recorded(nodes, meddle), config)
 
 
 def test_a_hospital_says_truly_with_what_it_computes(config, nodes):
@@ -573,12 +669,50 @@ def test_a_run_stops_below_its_quorum_and_can_go_on(quick, alone, policy, words)
     assert_equal_runs(alone, folder)
 
 
+def test_more_than_half_of_those_who_train_are_a_quorum(config, nodes):
+    """Two of three: the held-out centre does not count."""
+    nodes = [{**nodes[0], "centre": "C1"}, *nodes]
+    config = replace(config, centres=("C1", *CENTRES))
+    grid = Recorded(nodes, absent("C5", "train"))
+    clients = meet(grid, config, replace(PATIENT, allow_missing=True))
+    updates = clients.train(state_of(config), 1)
+    assert [update.client for update in updates] == ["C1", "C4"]
+
+
 def test_the_final_test_needs_everybody(quick):
     with pytest.raises(UserError, match=r"hospital C6 failed .*all are needed"):
         quick(absent("C6", "evaluate.test"), replace(PATIENT, allow_missing=True, quorum=1))
 
 
 # -------------------------------------------------------------------------- what stays at home
+
+
+def test_an_answer_holds_sums_and_updates_and_nothing_else(quick, config):
+    """Every part by name, every array by its shape: none has a place for an image's number."""
+    parts = {}
+
+    def look(centre, request, reply):
+        found = parts.setdefault(request.metadata.message_type, {})
+        for name, record in reply.content.items():
+            found[name] = {key: getattr(value, "shape", None) for key, value in record.items()}
+        return reply
+
+    quick(look)
+    about = dict.fromkeys(flower.IDENTITY)
+    state = state_of(config)
+    update = {
+        "vector": tuple(state.parameters.shape),
+        "buffers": tuple(state.buffers.shape),
+        "counters": tuple(state.counters.shape),
+    }
+    log = dict.fromkeys(("images", "steps", "loss", "eta", "scaled"))
+    sums = (len(metrics.MEASURES), 2)
+    tests = {"averaged": sums, "local": sums}
+    assert parts["query"] == {"about": about}
+    assert parts["train"] == {"about": about, "update": update, "log": log}
+    assert parts["train.on"] == {**parts["train"], "tally": {"tally": sums}}
+    assert parts["evaluate"] == {"about": about, "tally": {"tally": sums}}
+    assert parts["evaluate.test"] == {"about": about, "tally": tests}
 
 
 def test_nothing_of_an_image_crosses(quick, square_root):
@@ -662,6 +796,45 @@ def test_options_of_a_run_between_hospitals():
     assert (config.rounds, config.method, config.label) == (7, "fedavg", "two words")
     assert (config.image_size, config.width) == (512, 32)  # the paper's, where nothing is said
     assert policy == flower.Policy(allow_missing=True, patience=60.0)
+
+
+OWN = "--dataset cohort --centres Oslo Berlin --images slices --preset quick"
+
+
+def test_options_of_a_run_on_the_hospitals_own_images():
+    """No manifest is here: what one would tell is said."""
+    config, _ = flower_apps.configure(OWN)
+    assert (config.dataset, config.data_root) == ("cohort", "")
+    assert (config.clients, config.out_centre) == (["Oslo", "Berlin"], "")
+    assert (config.images, config.tau, config.log_base) == ("slices", 1000.0, 1000.0)
+    assert config.width == fedgs.PRESETS["quick"]["width"]
+    fedgs.settle(config, elsewhere=True)
+
+    for missing in ("--centres Oslo Berlin", "--images slices"):
+        with pytest.raises(UserError, match="name the centres with --centres, and say with --im"):
+            flower_apps.configure(OWN.replace(missing, ""))
+
+
+def test_a_manifest_has_the_name_that_everybody_agreed_on(square_root, tmp_path):
+    """Otherwise the name of a hospital's folder would cross."""
+    image = square_root / "data_C4" / "images_C4" / "00.jpg"
+    mask = square_root / "data_C4" / "masks_C4" / "00_mask.jpg"
+    for name in ("cohort", "Smith"):
+        (tmp_path / f"{name}.csv").write_text(f"centre,image,mask\nOslo,{image},{mask}\n")
+    config, _ = flower_apps.configure(OWN)
+    settings = flower.settings(config)
+    own = flower.own_config(settings, {"data-root": str(tmp_path / "cohort.csv")}, fedgs)
+    assert own.dataset == "cohort"
+    with pytest.raises(flower.Refusal, match="has a manifest of another name") as error:
+        flower.own_config(settings, {"data-root": str(tmp_path / "Smith.csv")}, fedgs)
+    assert "Smith" not in str(error.value)
+
+
+def test_a_method_whose_clients_keep_something_is_refused(config, nodes):
+    grid = Grid(nodes)
+    with pytest.raises(UserError, match="--method fedbn: what its clients keep"):
+        meet(grid, replace(config, method="fedbn"))
+    assert grid.requests == []
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,35 @@
 """The preflight of a hospital, and a federation of real processes: SuperLink, proxy and nodes."""
 
 import http.client
-import json
 import os
+import shlex
 import shutil
 import signal
 import ssl
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_weights, exit_code, refused, without_time
+from conftest import (
+    ROOT,
+    assert_same_weights,
+    exit_code,
+    refused,
+    rows,
+    shrink_stand_ins,
+    without_time,
+)
 
 pytest.importorskip("flwr", reason="flwr is not installed, or this Python is older than 3.11")
 
 import fedgs
-from support import loopback
+from support import flower, loopback, manifest, runs, volumes
 from support.errors import UserError
-from tools import hospital
+from tools import flower_apps, hospital
 
 CENTRES = ["C4", "C5", "C6"]
 OPTIONS = [
@@ -46,12 +55,15 @@ def federation(square_root, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
-    [["--rounds", "2"], ["--rounds", "1", "--model", "sd-utnet"]],
+    ("options", "killed"),
+    [(["--rounds", "2"], True), (["--rounds", "1", "--model", "sd-utnet"], False)],
     ids=["utnet", "sd-utnet"],
 )
-def test_real_hospitals_are_one_process(federation, square_root, tmp_path, options):
-    """TLS, keys, a proxy, a folder each: every bit is that of one process with as many threads."""
+def test_real_hospitals_are_one_process(federation, square_root, tmp_path, options, killed):
+    """TLS, keys, a proxy, a folder each: every bit is that of one process with as many threads.
+
+    killed: the SuperLink is, in a round. It is started again, and the run goes on with --resume.
+    """
     options = [*OPTIONS, *options]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -60,17 +72,23 @@ def test_real_hospitals_are_one_process(federation, square_root, tmp_path, optio
     torch.set_num_threads(threads)
 
     arguments = [*options, "--threads", "1", "--patience", "900", "--out", str(tmp_path / "run")]
+    if killed:
+        for line in loopback.follow_run(federation, arguments):
+            if line.startswith("round   1/2"):
+                loopback.end(federation.processes.pop("superlink"), signal.SIGKILL)
+                loopback.start_superlink(federation)
+        assert not (tmp_path / "run" / "results.json").exists()
+        assert len(rows(tmp_path / "run" / "rounds.csv")) == 1
+        arguments.append("--resume")
     said = "\n".join(loopback.follow_run(federation, arguments))
     assert (tmp_path / "run" / "results.json").exists(), said
     for name in ("last", "best", "best_small"):
         assert_same_weights(tmp_path / "alone" / f"{name}.pt", tmp_path / "run" / f"{name}.pt")
-    rounds = [without_time(tmp_path / one / "rounds.csv") for one in ("alone", "run")]
-    assert rounds[0] == rounds[1]
-    results = [
-        json.loads((tmp_path / one / "results.json").read_text()) for one in ("alone", "run")
-    ]
-    for name in ("data", "notes", "checkpoints"):
-        assert results[0][name] == results[1][name]
+    one, other = (without_time(tmp_path / name / "rounds.csv") for name in ("alone", "run"))
+    assert one == other
+    one, other = (runs.read_results(tmp_path / name) for name in ("alone", "run"))
+    for name in ("data", "notes", "checkpoints", "rounds"):
+        assert one[name] == other[name]
 
 
 @pytest.mark.slow
@@ -186,8 +204,9 @@ def test_a_part_that_ends_by_itself_is_named(tmp_path):
 def test_lines_of_a_part_are_followed_to_the_last(tmp_path):
     program = "import time; print('one', flush=True); time.sleep(0.5); print('two')"
     with loopback.parts(tmp_path) as running:
-        running.start("part", sys.executable, "-c", program)
-        assert list(running.follow("part")) == ["one", "two"]
+        for _ in range(2):  # what it has written before is not told again
+            running.start("part", sys.executable, "-c", program)
+            assert list(running.follow("part")) == ["one", "two"]
 
 
 # ------------------------------------------------------------------------------------ preflight
@@ -204,10 +223,10 @@ def test_a_preflight_shows_a_table_of_the_centre(square_root, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"fedgs {fedgs.__version__}, torch {torch.__version__.partition('+')[0]}, flwr " in said
     assert "kernels " in said
-    rows = [line.split() for line in said.splitlines()]
-    assert ["train", "9", "9", "9"] in rows
-    assert ["validation", "1", "1", "1"] in rows
-    assert ["test", "2", "2", "2"] in rows
+    lines = [line.split() for line in said.splitlines()]
+    assert ["train", "9", "9", "9"] in lines
+    assert ["validation", "1", "1", "1"] in lines
+    assert ["test", "2", "2", "2"] in lines
     assert "PROBLEM" not in said
 
 
@@ -257,22 +276,22 @@ def test_a_centres_folder_holds_that_centre_alone(square_root, tmp_path):
     config = fedgs.Config(data_root=str(square_root), centres=("C4", "C6"))
     roots = hospital.share_out(config, tmp_path)
     assert [path.name for path in Path(roots["C4"]).iterdir()] == ["data_C4"]
-    one = fedgs.load_data(fedgs.replace(config, data_root=str(roots["C4"]), image_size=32), ["C4"])
+    one = fedgs.load_data(replace(config, data_root=str(roots["C4"]), image_size=32), ["C4"])
     assert one.facts["C4"].train == 9
 
 
-def test_a_demonstration_passes_on_what_was_typed(monkeypatch, tmp_path):
+def test_a_demonstration_passes_on_what_was_typed(monkeypatch, square_root, tmp_path):
     """Options of the run go to the coordinator; places of this machine do not."""
     seen = SimpleNamespace()
 
-    def demo(given, arguments, folder):
-        seen.given, seen.arguments, seen.folder = given, arguments, folder
+    def demo(config, arguments, folder):
+        seen.config, seen.arguments, seen.folder = config, arguments, folder
 
     monkeypatch.setattr(hospital, "demo", demo)
-    options = ["--rounds", "3", "--data-root", "x", "--out", tmp_path, "--patience", "9"]
+    options = ["--rounds", "3", "--data-root", square_root, "--out", tmp_path, "--patience", "9"]
     assert exit_code(hospital.main, ["demo", *options, "--allow-missing"]) == 0
     assert seen.folder == tmp_path
-    assert seen.given["data_root"] == "x"
+    assert seen.config.data_root == str(square_root)
     text = " ".join(seen.arguments)
     assert "--rounds 3" in text
     assert "--centres C4 C5 C6" in text
@@ -280,6 +299,73 @@ def test_a_demonstration_passes_on_what_was_typed(monkeypatch, tmp_path):
     assert "--allow-missing" in text
     assert "data-root" not in text
     assert "--out" not in seen.arguments
+    read, policy = flower_apps.configure(shlex.join(seen.arguments))
+    assert replace(read, data_root=str(square_root)) == seen.config
+    assert (policy.patience, policy.allow_missing) == (9.0, True)
+
+
+def test_a_demonstration_of_ones_own_images_says_what_they_are(monkeypatch, square_root, tmp_path):
+    """The coordinator has no manifest, and each hospital one of its own."""
+    lines = ["centre,image,mask,group,small,split"]
+    for centre in ("C4", "C5"):
+        for i in range(10):
+            files = [f"images_{centre}/{i:02}.jpg", f"masks_{centre}/{i:02}_mask.jpg"]
+            names = [str(square_root / f"data_{centre}" / file) for file in files]
+            split = "train" if i < 6 else "validation" if i < 8 else "test"
+            lines.append(",".join([f"St {centre}", *names, f"patient {i // 2}", str(i > 3), split]))
+    whole = tmp_path / "cohort.csv"
+    whole.write_text("\n".join(lines))
+    seen = []
+    monkeypatch.setattr(hospital, "demo", lambda *what: seen.extend(what))
+    options = [
+        "--dataset",
+        whole,
+        "--out",
+        tmp_path / "new",
+        "--out-centre",
+        "",
+        "--image-size",
+        32,
+    ]
+    assert exit_code(hospital.main, ["demo", *options]) == 0
+    config, arguments, _ = seen
+    read, _ = flower_apps.configure(shlex.join(arguments))
+    assert replace(read, data_root=str(whole)) == config
+    assert config.centres == ("St C4", "St C5")
+
+    roots = hospital.share_out(config, tmp_path / "shared")
+    for centre, root in roots.items():
+        assert manifest.centres_of(manifest.read(root)) == (centre,)
+        here = {"data-root": str(root)}
+        own = flower.own_config(flower.settings(read), here, fedgs)
+        found = fedgs.load_data(own, [centre])
+        assert found.facts[centre] == fedgs.load_data(config, [centre]).facts[centre]
+        assert found.source == "cohort"
+        assert found.facts[centre].flagged == 10
+
+
+def test_a_volume_is_given_to_its_centres_hospital_alone(monkeypatch, cache, tmp_path):
+    """And stays marked as a drawn one."""
+    shrink_stand_ins(monkeypatch, frames=20, volumes=2, slices=6)
+    options = {"dataset": "lits", "centres": ["C2", "C5"], "out_centre": "C5", "preset": "quick"}
+    config, _ = fedgs.configure({**options, "cache": str(cache), "data_root": "stand-in"})
+    roots = hospital.share_out(config, tmp_path)
+    for centre, first in {"C2": 30, "C5": 120}.items():
+        own = replace(config, data_root=str(roots[centre]), cache=str(tmp_path / "slices"))
+        numbers = {number for _, number, _ in volumes.nifti_files(roots[centre])}
+        assert numbers == {first, first + 1}
+        here = fedgs.load_data(own, [centre])
+        assert here.source == "LiTS stand-in"
+        assert here.facts[centre] == fedgs.load_data(config, [centre]).facts[centre]
+
+    with pytest.raises(UserError, match="has no volumes of centre C3: leave it out"):
+        hospital.link_volumes(roots["C2"], "C3", tmp_path)
+
+
+def test_a_demonstration_needs_the_source(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(loopback, "ROOT", tmp_path)
+    code = exit_code(hospital.main, ["demo", "--out", tmp_path / "new"])
+    refused(capsys, code, "the demonstration needs the source")
 
 
 def test_a_demonstration_needs_an_empty_folder(tmp_path, capsys):

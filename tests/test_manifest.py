@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import nibabel
 import numpy as np
@@ -864,6 +865,16 @@ def test_volumes_that_cannot_be_used_are_named(scans, capsys, harm, words):
 )
 def test_options_that_do_not_suit_it(cohort, capsys, options, words):
     assert_refused(capsys, cohort, words, *options)
+
+
+def test_centres_elsewhere_are_those_that_are_named(cohort):
+    """Hospitals have a manifest each, of one centre. Of PolypGen all centres are known."""
+    config, _ = fedgs.configure({"dataset": str(cohort), "centres": ["St. Olav", "Oslo"]})
+    assert fedgs.settle(config, elsewhere=True).centres == ("St. Olav", "Oslo")
+    with pytest.raises(UserError, match="Oslo Oslo: names a centre twice"):
+        fedgs.settle(replace(config, centres=("St. Olav", "Oslo", "Oslo")), elsewhere=True)
+    with pytest.raises(UserError, match="--centres Oslo C6: must be among C1"):
+        fedgs.settle(fedgs.Config(centres=("Oslo", "C6")), elsewhere=True)
 
 
 @pytest.mark.parametrize("name", ["polypgen.csv", "LiTS.csv", "a$b.csv", "-my.csv"])
