@@ -972,9 +972,10 @@ def test_the_data_are_those_of_the_configuration(monkeypatch):
     where = {"centres": ("C2", "C1"), "out_centre": "C1", "cache": "here", "data_root": "there"}
     which = {"tau": 321.0, "split": "grouped", "fold": 4, "lesion": (2,), "window": (1.0, 2.0)}
     config = Config(dataset="lits", images="grey", image_size=48, **where, **which)
-    fedgs.load_data(config, ["C2"])
+    fedgs.load_data(config, ["C2"], skip={"bad.png"})
     del where["data_root"]
     called = {"size": 48, "kind": "grey", "only": ["C2"], "place": ("lits", "lits in there")}
+    called["skip"] = {"bad.png"}
     assert given == {**where, **which, **called}
 
 
