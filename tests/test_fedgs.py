@@ -72,6 +72,19 @@ CONFIG = Config(
 # ------------------------------------------------------------------------------------------ options
 
 
+@pytest.mark.parametrize(
+    ("options", "batch_norm"),
+    [
+        ({"method": "fedgs"}, "averaged"),
+        ({"method": "fedbn"}, "local"),
+        ({"method": "fedbn", "batch_norm": "averaged"}, "averaged"),
+    ],
+)
+def test_what_batch_norm_a_method_is_validated_with(options, batch_norm):
+    config, _ = fedgs.configure({"data_root": "stand-in", **options})
+    assert config.batch_norm == batch_norm
+
+
 def test_a_config_is_a_plain_value(monkeypatch):
     """Making one asks nothing of the machine, and nothing can be changed in it."""
     monkeypatch.setattr(torch.cuda, "is_available", None)
