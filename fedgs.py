@@ -58,7 +58,8 @@ from support.options import option
 
 __version__ = "0.2.0"
 
-STATISTICS = ("averaged", "local")  # whose means and variances batch norm uses: see `adapt`
+STATISTICS = tuple(tables.BATCH_NORM)  # whose means and variances batch norm uses: see `adapt`
+ENOUGH = 256  # images that `adapt` looks at
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -621,11 +622,11 @@ def adapt(network: nn.Module, images: Tensor) -> None:
     The server averages statistics of hospitals that differ, and what it gets fits none of them.
     These are measured without labels, and stay in the centre (AdaBN, Li et al., Pattern Recognition
     80, 2018; SiloBN, Andreux et al., DART 2020). Nothing is drawn: the same images have the same
-    statistics. At most 256 of them are looked at.
+    statistics. At most ENOUGH of them are looked at.
     """
     # Neighbours in a folder look alike, and a batch of them would vary less than the centre does:
     # each batch takes images from all over it.
-    images = images[:: math.ceil(len(images) / 256)]
+    images = images[:: math.ceil(len(images) / ENOUGH)]
     if len(images) == 1:
         images = images.repeat(2, 1, 1, 1)  # where all is one value there is no variance to measure
     count = math.ceil(len(images) / 16)

@@ -500,6 +500,17 @@ def test_an_answer_that_comes_late_is_dropped(config, nodes):
 # ------------------------------------------------------------------------------ who they are
 
 
+def saying(name, value):
+    """Meddles with what C5 says of itself."""
+
+    def meddle(centre, request, reply):
+        if centre == "C5":
+            reply.content["about"][name] = value
+        return reply
+
+    return meddle
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -512,13 +523,8 @@ def test_an_answer_that_comes_late_is_dropped(config, nodes):
     ],
 )
 def test_hospitals_that_compute_otherwise_are_refused(config, nodes, name, value):
-    def meddle(centre, request, reply):
-        if centre == "C5":
-            reply.content["about"][name] = value
-        return reply
-
     with pytest.raises(UserError, match=f"hospital C5 has {name} {value}, not .*compute alike"):
-        meet(Recorded(nodes, meddle), replace(config, kernels="cpp"))
+        meet(Recorded(nodes, saying(name, value)), replace(config, kernels="cpp"))
 
 
 @pytest.mark.parametrize(
@@ -533,13 +539,8 @@ def test_hospitals_that_compute_otherwise_are_refused(config, nodes, name, value
     ],
 )
 def test_a_hospital_that_says_of_itself_what_cannot_be_is_refused(config, nodes, name, value):
-    def meddle(centre, request, reply):
-        if centre == "C5":
-            reply.content["about"][name] = value
-        return reply
-
     with pytest.raises(UserError, match=f"hospital C5 announced {name} that cannot be"):
-        meet(Recorded(nodes, meddle), config)
+        meet(Recorded(nodes, saying(name, value)), config)
 
 
 def test_a_hospital_that_leaves_out_something_of_itself_is_refused(config, nodes):

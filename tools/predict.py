@@ -29,7 +29,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 import data
-from fedgs import Config, adapt, predict
+from fedgs import ENOUGH, Config, adapt, predict
 from support import options, pictures, runs, volumes
 from support.errors import UserError, readable_errors
 from support.files import replacing
@@ -45,8 +45,7 @@ MASKS = re.compile(r"segmentation-.*|.*_(mask|overlay)\..*")  # truths and earli
 COLOUR = np.array(ImageColor.getrgb(pictures.SKY))  # of predictions, as in the other pictures
 
 Predict = Callable[[torch.Tensor, tuple[int, int]], torch.Tensor]
-ENOUGH = 256  # images that `adapt` looks at
-FEW = 16  # that is one of its batches
+FEW = 16  # images: one batch of `adapt`
 
 
 def find_inputs(paths: Sequence[str], kind: str) -> dict[str, Path]:
