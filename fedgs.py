@@ -53,7 +53,7 @@ import data
 import metrics
 from models import CODE, SDUTNet, UTNet
 from support import checkpoints, hardware, manifest, options, pictures, processes, runs, tables
-from support.errors import UserError, readable_errors
+from support.errors import UserError, end_on_signals, readable_errors
 from support.options import option
 
 __version__ = "0.2.0"
@@ -922,23 +922,32 @@ def run(config: Config, why: str = "as given", open_hospitals: Callable | None =
     folder.check({"config": asdict(config)})
 
     with (open_hospitals or open_clients)(config) as clients:
-        # Now the data are known. A run may only go on with those that it began with.
-        federation = clients.federation
-        options.check_sizes(config, federation.facts)
-        record = runs.describe_run(config, clients, __version__)
-        folder.check(record)
+        # Now the data are known.
+        options.check_sizes(config, clients.federation.facts)
 
-        # The server starts from the weights that every client has drawn from the same seed, or
-        # from where an earlier process of this run left it.
-        weights = client_weights(config, federation.facts)
-        server = Server(clients.flat.state(), weights, config, clients.kernels)
-        history = folder.load_progress(server, clients)
+        # Two runs in one folder would undo each other's work.
+        with runs.locked(folder.path):
+            return run_in(folder, clients, config, why)
 
-        # From here on the folder is this run's.
-        folder.claim(record)
-        print(runs.header(config, clients, record, why, folder), flush=True)
-        train(server, clients, config, folder, history)
-        results, scores, figures = test(clients, config, folder)
+
+def run_in(folder: runs.Folder, clients: LocalClients, config: Config, why: str) -> dict:
+    """`run`, once the data are known and the folder is locked. Raises as it does."""
+    # A run may only go on with the data that it began with.
+    federation = clients.federation
+    record = runs.describe_run(config, clients, __version__)
+    folder.check(record)
+
+    # The server starts from the weights that every client has drawn from the same seed, or
+    # from where an earlier process of this run left it.
+    weights = client_weights(config, federation.facts)
+    server = Server(clients.flat.state(), weights, config, clients.kernels)
+    history = folder.load_progress(server, clients)
+
+    # From here on the folder is this run's.
+    folder.claim(record)
+    print(runs.header(config, clients, record, why, folder), flush=True)
+    train(server, clients, config, folder, history)
+    results, scores, figures = test(clients, config, folder)
 
     results.update(runs.count_rounds(history))
     figures["curves.png"] = pictures.draw_curves(history, runs.title(config, federation))
@@ -1179,7 +1188,7 @@ def main(arguments: list[str] | None = None) -> None:
             processes.join(open_local_clients)
             return
 
-        processes.end_on_sigterm()
+        end_on_signals()
         given = options.parse(Config, __doc__, arguments, SHOWN_DEFAULTS)
         config, why = configure(given)
         run(config, why)

@@ -31,8 +31,8 @@ from typing import NamedTuple
 # This file is a program inside the package: Python looks for imports beside it, not above it.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from support import hardware, processes
-from support.errors import UserError, readable_errors
+from support import hardware
+from support.errors import UserError, end_on_signals, readable_errors
 from support.files import read_csv, write_text
 from support.tables import markdown
 from tools import compare
@@ -505,7 +505,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     with readable_errors("gpu_day.py", interrupted="the same command goes on"):
-        processes.end_on_sigterm()
+        end_on_signals()
         if not options.dry:
             hardware.choose_device("cuda")
         data_root = options.data_root

@@ -1,8 +1,12 @@
 """The one error class for people, and how a program ends with one line instead of a traceback."""
 
 import contextlib
+import errno
+import os
+import signal
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -10,31 +14,67 @@ class UserError(ValueError):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, with which schedulers and torchrun end a run: like Ctrl-C, it ends everything."""
+    """A signal that ends everything, like Ctrl-C: see end_on_signals."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+
+def end_on_signals() -> None:
+    """End with a line on SIGTERM, which schedulers send, and on SIGHUP, of a closed terminal."""
+
+    def stop(number: int, _: object) -> NoReturn:
+        raise Terminated(number)
+
+    signal.signal(signal.SIGTERM, stop)
+    # Under nohup it is ignored, and stays so.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, stop)
 
 
 @contextlib.contextmanager
 def readable_errors(program: str, interrupted: str = "") -> Iterator[None]:
-    """End the program with one line on stderr: exit code 2 for an error, 130 for Ctrl-C, 143 for
-    SIGTERM.
+    """End the program with one line on stderr: exit code 2 for an error, 128 and the signal's
+    number for a signal: 130 for Ctrl-C, 143 for SIGTERM.
 
     interrupted says what to do next. Errors of other kinds are faults of this program, and keep
     their traceback.
     """
+    interrupted = interrupted or "what was written stays"
+    replace_missing_streams()
     try:
         yield
-    except Terminated:
-        end(program, f"stopped by SIGTERM; {interrupted or 'what was written stays'}", 143)
+        sys.stdout.flush()
+    except Terminated as error:
+        name = signal.Signals(error.number).name
+        end(program, f"stopped by {name}; {interrupted}", 128 + error.number)
     except KeyboardInterrupt:
-        end(program, f"interrupted; {interrupted or 'what was written stays'}", 130)
+        end(program, f"interrupted; {interrupted}", 130)
+    except BrokenPipeError:
+        # What is left in its buffer is written at the very end, and may not fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        end(program, f"nobody reads its output any more; {interrupted}", 141)
     except Exception as error:
         if not for_people(error):
             raise
         end(program, f"error: {for_people(error)}", 2)
 
 
+def replace_missing_streams() -> None:
+    """Streams that a program was started without (`2>&-`) lead nowhere, instead of being None.
+
+    The first file that it opens would otherwise become the stream, for libraries that print.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - as long as the program
+
+
 def for_people(error: Exception) -> str:
     """What to tell a person of an error; empty for a fault of this program."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error}: make room there"
     if isinstance(error, UserError | OSError):
         return str(error)
     if isinstance(error, MemoryError) or is_out_of_memory(error):
@@ -50,5 +90,6 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def end(program: str, message: str, code: int) -> None:
     """One line on stderr, and the exit code."""
-    print(f"{program}: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"{program}: {message}", file=sys.stderr)
     raise SystemExit(code)

@@ -24,11 +24,13 @@ def replacing(path: Path, synced: bool = True) -> Iterator[Path]:
     The new file has the same suffixes, since some writers choose a format by them. If the block
     fails or is interrupted, the new file is removed and `path` stays as it was. Without `synced`
     that is not so after a power cut, which is for files that can be told to be damaged and made
-    again. Raises OSError.
+    again. Raises OSError, which names a file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
+        # In a folder that others can write to, it might be their link to a file of this user's.
+        new.unlink(missing_ok=True)
         yield new
 
         # The content has to be on the disk before the name is: a power cut in between would
@@ -37,6 +39,11 @@ def replacing(path: Path, synced: bool = True) -> Iterator[Path]:
             with new.open("rb+") as file:
                 os.fsync(file.fileno())
         os.replace(new, path)
+    except OSError as error:
+        # That of a full disk does not.
+        if error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         new.unlink(missing_ok=True)
 

@@ -23,14 +23,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from support import hardware
-from support.errors import Terminated, UserError, for_people
+from support.errors import UserError, for_people
 
 GO_ON = "the same command with --resume goes on from the last whole round"
 PATIENCE = timedelta(days=7)  # how long one may wait for another; one that died is noticed at once
@@ -438,12 +438,3 @@ def start_group() -> None:
         local_rank = int(os.environ["LOCAL_RANK"])
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     dist.init_process_group("gloo", timeout=PATIENCE)
-
-
-def end_on_sigterm() -> None:
-    """SIGTERM ends a run with a line that says how it goes on."""
-
-    def stop(*_: object) -> NoReturn:
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, stop)

@@ -5,15 +5,19 @@ say nothing that it does not, and are written again when the run goes on. The ru
 results.json, which vouches for the tables beside it.
 """
 
+import contextlib
 import itertools
 import json
 import math
+import os
 import platform
-from collections.abc import Mapping, Sequence
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import torch
 
@@ -34,6 +38,7 @@ BEST = {  # checkpoint -> the validation measure in which its round is best
     "best": "dice",
     "best_small": "dice_s",
 }
+LOCK = ".lock"  # of a folder's process, see `locked`; what it leaves is an empty file
 VALIDATED = "validated"  # column of rounds.csv where not all hospitals validated: images of images
 
 
@@ -83,6 +88,9 @@ class Folder:
     def claim(self, record: dict) -> None:
         """Write config.json: from here on the folder is this run's, which is not over."""
         (self.path / "results.json").unlink(missing_ok=True)
+        # What this run was writing when it was killed.
+        for path in filter(is_temporary, self.path.iterdir()):
+            path.unlink()
         self._write_table("config.json", to_json(record))
 
     def load_progress(self, server: Any, clients: Any) -> list[dict]:
@@ -193,12 +201,32 @@ class Folder:
         )
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a folder for this process while the block runs. It is made where it is not there.
+
+    Raises UserError where another process has it. The lock of one that is killed is free at once.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise UserError(
+            f"{folder} is in use by another process: wait for its end, or choose another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def check_empty(folder: Path, hint: str = "") -> None:
     """Raise UserError where there is something in the folder that a run might overwrite."""
     if not folder.exists():
         return
     for item in folder.iterdir():
-        if item.name != "config.json" and not is_temporary(item):
+        if item.name not in ("config.json", LOCK) and not is_temporary(item):
             raise UserError(f"{folder} is not empty: {hint}choose another --out")
 
 
@@ -472,6 +500,12 @@ def header(config: Any, clients: Any, record: dict, why: str, folder: Folder) ->
         "training": f"{steps}, {config.image_size}x{config.image_size}, {rates}, seed "
         f"{config.seed}",
         "hardware": record["hardware"],
-        "folder": str(folder.path),
+        "folder": f"{folder.path}{who_can_write(folder.path)}",
     }
     return "\n".join(f"{name:<9}{text}" for name, text in lines.items())
+
+
+def who_can_write(folder: Path) -> str:
+    """What the header says of a folder in which other users could put other files in place."""
+    everyone = os.name == "posix" and folder.stat().st_mode & stat.S_IWOTH
+    return " (every user of this machine can write there)" if everyone else ""

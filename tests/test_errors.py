@@ -1,9 +1,22 @@
 """How a program ends: one line and an exit code, or the traceback of a fault."""
 
+import errno
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 
-from support.errors import Terminated, UserError, for_people, is_out_of_memory, readable_errors
+from support.errors import (
+    Terminated,
+    UserError,
+    for_people,
+    is_out_of_memory,
+    readable_errors,
+)
 
 
 def ended_by(error, **options):
@@ -25,6 +38,8 @@ def test_a_program_that_ends_well(capsys):
         (UserError("--lr 0: must be above 0"), "--lr 0: must be above 0"),
         (OSError("no space left"), "no space left"),
         (FileNotFoundError(2, "No such file", "a.png"), "[Errno 2] No such file: 'a.png'"),
+        (OSError(errno.ENOSPC, "Full", "a.pt"), "[Errno 28] Full: 'a.pt': make room there"),
+        (OSError(errno.EDQUOT, "Quota", "a.pt"), f"[Errno {errno.EDQUOT}] Quota: 'a.pt': make"),
         (MemoryError(), "out of memory: choose a smaller --batch-size"),
         (torch.OutOfMemoryError("CUDA out of memory"), "out of memory: choose a smaller"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: choose"),
@@ -47,10 +62,79 @@ def test_an_interruption(capsys):
 
 def test_a_stop_by_the_system(capsys):
     """Whoever started the program must not take it for a finished one."""
-    assert ended_by(Terminated(), interrupted="--resume goes on") == 143
+    assert ended_by(Terminated(signal.SIGTERM), interrupted="--resume goes on") == 143
     assert capsys.readouterr().err == "program: stopped by SIGTERM; --resume goes on\n"
-    assert ended_by(Terminated()) == 143
+    assert ended_by(Terminated(signal.SIGTERM)) == 143
     assert "what was written stays" in capsys.readouterr().err
+
+
+ENDING = """
+import os, signal, sys
+from support.errors import end_on_signals, readable_errors
+with readable_errors("program", interrupted="go on"):
+    end_on_signals()
+    {what}
+"""
+
+
+def program(what: str, shell: str = "{}") -> subprocess.CompletedProcess:
+    """A program that does this, started by a shell's command line around it."""
+    command = shell.format('"$0" -c "$1"')
+    return subprocess.run(
+        ["sh", "-c", command, sys.executable, ENDING.format(what=what)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+on_posix = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell and signals")
+
+
+@on_posix
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_signals_that_end_a_program(name, code):
+    done = program(f"os.kill(os.getpid(), signal.{name})")
+    assert done.returncode == code
+    assert done.stderr == f"program: stopped by {name}; go on\n"
+
+
+@on_posix
+def test_nohup_is_respected():
+    done = program("os.kill(os.getpid(), signal.SIGHUP); print('here')", "nohup {} 2>&1")
+    assert (done.returncode, done.stdout[-5:]) == (0, "here\n")
+
+
+@on_posix
+@pytest.mark.parametrize("flush", [True, False])
+def test_nobody_reads_on(flush):
+    """As `head` ends before a program has printed all: one line, whenever the text gets there."""
+    done = program(
+        f"sys.stdin.read(); print('text', flush={flush})",
+        "( ( sleep 0.3 | {}; echo $? >&2 ) | true )",
+    )
+    assert done.stderr == "program: nobody reads its output any more; go on\n141\n"
+
+
+@on_posix
+def test_a_terminal_that_is_gone():
+    """A line that nobody can be shown does not change how a program ends."""
+    done = program("raise KeyboardInterrupt", "{} 2>/dev/full")
+    assert done.returncode == 130
+
+
+@on_posix
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_a_program_without_its_streams(tmp_path, closed):
+    """Its first file must not become one of them."""
+    path = tmp_path / "file"
+    print_everywhere = "print('out'); print('error', file=sys.stderr); os.write(1, b'library')"
+    done = program(
+        f"file = open({str(path)!r}, 'w'); {print_everywhere}; file.close()", "{} " + closed
+    )
+    assert done.returncode == 0
+    assert path.read_text() == ""
 
 
 @pytest.mark.parametrize(

@@ -1018,7 +1018,7 @@ def test_the_chosen_kernels_do_the_work(flat, square_root):
 
 def test_folder_is_complete(finished):
     assert {path.name for path in finished.iterdir()} == {
-        *("config.json", "rounds.csv", "scores.csv", "results.json", "resume.pt"),
+        *(".lock", "config.json", "rounds.csv", "scores.csv", "results.json", "resume.pt"),
         *("last.pt", "best.pt", "best_small.pt", "curves.png", "predictions.png"),
     }
 

@@ -1,9 +1,11 @@
 """Files that are written whole or not at all, checksums, CSV and JSON."""
 
+import errno
 import json
 import math
 import os
 import random
+import re
 
 import pytest
 
@@ -85,6 +87,25 @@ def test_what_a_killed_process_leaves_is_in_nobodys_way(tmp_path):
     assert path.read_text() == "one\n"
     assert others.read_text() == "half"  # that process may still be at it
     assert not mine.exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs symbolic links")
+def test_a_link_in_the_place_of_a_new_file_is_not_followed(tmp_path):
+    """In a folder that others can write to, they may put one there."""
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine\n")
+    (tmp_path / f"{files.TEMPORARY}{os.getpid()}-notes.txt").symlink_to(mine)
+    files.write_text(tmp_path / "notes.txt", "one\n")
+    assert mine.read_text() == "mine\n"
+    assert (tmp_path / "notes.txt").read_text() == "one\n"
+
+
+def test_a_full_disk_is_told_by_the_name_of_the_file(tmp_path):
+    path = tmp_path / "notes.txt"
+    with pytest.raises(OSError, match=re.escape(f"full: '{path}'")), files.replacing(path):
+        raise OSError(errno.ENOSPC, "full")
+    with pytest.raises(OSError, match="other"), files.replacing(path):
+        raise OSError(errno.ENOSPC, "full", "other")
 
 
 def test_text_is_utf_8(tmp_path):

@@ -5,6 +5,8 @@ import json
 import math
 import os
 import shutil
+import signal
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -49,6 +51,82 @@ def test_a_folder_with_something_else(run, tmp_path, capsys):
 def test_what_a_killed_write_leaves_is_no_obstacle(tmp_path):
     (tmp_path / ".tmp-12-last.pt").write_text("")
     runs.Folder(Config(out=str(tmp_path))).check({"config": {}})
+
+
+def test_a_folder_is_of_one_process_at_a_time(tmp_path):
+    folder = tmp_path / "run"
+    refusal = pytest.raises(UserError, match=r"run is in use by another process.*--out")
+    with runs.locked(folder):
+        with refusal, runs.locked(folder):
+            pass
+        with runs.locked(tmp_path / "another"):
+            pass
+
+    # A lock that is free again is no obstacle, nor is what it leaves.
+    with runs.locked(folder):
+        runs.Folder(Config(out=str(folder))).check({"config": {}})
+    with pytest.raises(RuntimeError), runs.locked(folder):
+        raise RuntimeError
+    with runs.locked(folder):
+        pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs an operating system that forks")
+def test_a_killed_process_leaves_no_lock(tmp_path):
+    child = os.fork()
+    if child == 0:
+        with runs.locked(tmp_path):
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert (tmp_path / runs.LOCK).exists()
+    with runs.locked(tmp_path):
+        pass
+
+
+def test_a_run_in_a_folder_that_is_in_use(run, finished, capsys):
+    before = {path: path.read_bytes() for path in finished.iterdir()}
+    with runs.locked(finished):
+        refused(capsys, run(finished, "--resume", "--rounds", 3), f"{finished} is in use")
+    assert {path: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_a_run_has_its_folder_from_its_last_check_to_its_last_file(run, tmp_path, monkeypatch):
+    """So that it does not matter in which order two runs come to a folder."""
+    folder = tmp_path / "run"
+    found = []
+
+    def note_lock(name: str, method: Callable) -> Callable:
+        def noted(*given: object) -> object:
+            try:
+                with runs.locked(folder) if folder.exists() else contextlib.nullcontext():
+                    found.append(f"{name} without")
+            except UserError:
+                found.append(name)
+            return method(*given)
+
+        return noted
+
+    for name in ("check", "load_progress", "claim", "save_round", "save_results"):
+        monkeypatch.setattr(runs.Folder, name, note_lock(name, getattr(runs.Folder, name)))
+    assert run(folder, "--rounds", 1) == 0
+    rest = ["load_progress", "claim", "save_round", "save_results"]
+    assert found == ["check without", "check", *rest]
+
+
+def test_what_was_half_written_goes_when_the_run_goes_on(tmp_path):
+    folder = runs.Folder(Config(out=str(tmp_path)))
+    for name in (".tmp-12-last.pt", "notes.txt"):
+        (tmp_path / name).write_text("")
+    folder.claim({"config": {}})
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "notes.txt"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs permissions of POSIX")
+def test_a_folder_that_everyone_can_write_to_is_said_to_be(tmp_path):
+    for mode, expected in ((0o755, ""), (0o775, ""), (0o777, " (every user of this machine can")):
+        tmp_path.chmod(mode)
+        assert runs.who_can_write(tmp_path).startswith(expected)
+        assert bool(runs.who_can_write(tmp_path)) == bool(expected)
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ import numpy as np
 
 from fedgs import SHOWN_DEFAULTS, Config, configure, run, settle
 from support import options, processes, runs
-from support.errors import UserError, readable_errors
+from support.errors import UserError, end_on_signals, readable_errors
 from support.files import read_csv
 from tools import compare
 
@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     with readable_errors("tools.experiment", interrupted=processes.GO_ON):
         if processes.under_torchrun():
             raise UserError("start an experiment without torchrun: its runs come one after another")
-        processes.end_on_sigterm()
+        end_on_signals()
         experiment(vars(parse(arguments)))
 
 
