@@ -1,5 +1,7 @@
 """Runs that are killed before every step that they take on the disk, and then go on.
 
+Disks that are full from some step on, and two runs that are started in one folder, are here, too.
+
 A step is what changes a file or a folder: opening a file to write it, either half of a write,
 fsync, rename, unlink, mkdir. A killed run cleans nothing up. Each is a process of its own, forked
 by this file as a program, which has imported PyTorch once and has no other thread.
@@ -8,11 +10,13 @@ by this file as a program, which has imported PyTorch once and has no other thre
 import builtins
 import contextlib
 import csv
+import errno
 import gc
 import io
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -33,6 +37,7 @@ from tqdm import tqdm
 import data
 import fedgs
 from support import checkpoints, pictures, runs
+from support.errors import UserError, for_people
 from support.files import is_temporary
 
 # There is momentum to be lost. With this seed the best rounds are 1 and 2 of three. `resume` is set
@@ -59,6 +64,8 @@ WRITTEN = [  # the files of such a run in their order
     *("resume.pt", "last.pt", "rounds.csv"),
     *("scores.csv", "predictions.png", "curves.png", "results.json"),
 ]
+REFUSED = 2  # the exit code of an error for people
+PAIRS = 20  # of runs in one folder
 STEPS_OF_A_FILE = ["open", "write", "open", "sync", "replace"]  # with all its writes as one
 
 
@@ -115,11 +122,15 @@ def tiny_picture(*what: object) -> SimpleNamespace:
 
 
 class Watch:
-    """Notes this process's steps in the folder `run`, and kills it before one of them."""
+    """Notes this process's steps in the folder `run`, and kills it before one of them.
 
-    def __init__(self, fatal: int | None):
+    Or the disk is full from that step on: nothing can be written then, and files can be deleted.
+    """
+
+    def __init__(self, fatal: int | None, full: bool = False):
         self.folder = os.path.abspath("run")
         self.fatal = fatal  # number of the step that is not taken any more
+        self.full = full
         self.steps = []
         self.names = {}  # {file descriptor: path}
         self.unsynced = set()  # paths whose content may not be on the disk yet
@@ -180,6 +191,11 @@ class Watch:
         if not self.is_inside(path):
             return
         if len(self.steps) == self.fatal:
+            if self.full and what == "unlink":
+                return
+            if self.full:
+                name = None if what in ("write", "sync") else str(path)
+                raise OSError(errno.ENOSPC, "No space left on device", name)
             self.cut_power()
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -232,7 +248,7 @@ def main(place: Path) -> None:
     # From nothing.
     new = place / "new"
     new.mkdir()
-    found["killed"] = kill_everywhere(new, steps, expected)
+    found["killed"] = break_everywhere(new, steps, expected)
 
     # From where a first kill has left it: resume.pt knows of round 2. best_small.pt, which is to be
     # of that round as well, is half written.
@@ -243,7 +259,10 @@ def main(place: Path) -> None:
     again = place / "again"
     shutil.copytree(begun, again)
     _, found["steps again"], _ = attempt(again)
-    found["killed again"] = kill_everywhere(begun, found["steps again"], expected)
+    found["killed again"] = break_everywhere(begun, found["steps again"], expected)
+
+    found["full"] = break_everywhere(new, steps, expected, full=True)
+    found["pairs"], found["kept out"] = start_in_pairs(new, steps, expected)
     print(json.dumps(found))
 
 
@@ -255,10 +274,13 @@ def warm_up(place: Path) -> None:
     gc.freeze()
 
 
-def kill_everywhere(begun: Path, steps: list[str], expected: dict[str, object]) -> list[str]:
+def break_everywhere(
+    begun: Path, steps: list[str], expected: dict[str, object], full: bool = False
+) -> list[str]:
     """Go on from a copy of `begun`, killed before each of these steps; then to the end.
 
-    expected: the contents that the run has to end with. -> what went wrong
+    full: on a disk that is full from that step on, instead. expected: the contents that the run has
+    to end with. -> what went wrong
     """
     wrong = []
     seen = set()
@@ -266,60 +288,105 @@ def kill_everywhere(begun: Path, steps: list[str], expected: dict[str, object]) 
     for number, step in enumerate(steps):
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(begun, place)
-        code, _, _ = attempt(place, number)
-        if code != -signal.SIGKILL:
+        code, _, _ = attempt(place, number, full)
+        if code != (REFUSED if full else -signal.SIGKILL):
             wrong.append(f"{number} ({step}): ended with {code}")
+        if full and any(map(is_temporary, place.glob("run/*"))):
+            wrong.append(f"{number} ({step}): left what was half written")
 
         # Steps may leave nothing new, as fsync does, and nothing new can then come of it.
         state = snapshot(place / "run")
-        if state in seen:
-            continue
-        seen.add(state)
-
-        faults = {path.name: fault(path) for path in files_of(place / "run")}
-        half = [f"{name} ({why})" for name, why in faults.items() if why]
-        if half:
-            wrong.append(f"{number} ({step}): not whole: {', '.join(half)}")
-
-        code, _, _ = attempt(place)
-        found = contents(place / "run")
-        other = [name for name in {*found, *expected} if found.get(name) != expected.get(name)]
-        if other:
-            wrong.append(f"{number} ({step}): resumed, {code}, with another {', '.join(other)}")
+        if state not in seen:
+            seen.add(state)
+            wrong += [f"{number} ({step}): {what}" for what in go_on(place, expected)]
     return wrong
 
 
-def attempt(place: Path, fatal: int | None = None) -> tuple[int, list[str], int]:
+def start_in_pairs(
+    begun: Path, steps: list[str], expected: dict[str, object]
+) -> tuple[list[str], int]:
+    """Start two runs in one folder, of which every other pair loses one; then to the end.
+
+    -> what went wrong; how many runs were kept out
+    """
+    generator = random.Random(0)
+    kept_out = 0
+    wrong = []
+    place = begun.with_name("place")
+    for number in range(PAIRS):
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(begun, place)
+        fatal = generator.randrange(len(steps)) if number % 2 else None
+        pair = [begin(place, fatal), begin(place)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in pair]
+
+        kept_out += codes.count(REFUSED)
+        if not set(codes) <= {0, REFUSED, -signal.SIGKILL} or codes == [REFUSED, REFUSED]:
+            wrong.append(f"{number}: ended with {codes}")
+        wrong += [f"{number}, {codes}: {what}" for what in go_on(place, expected)]
+    return wrong, kept_out
+
+
+def go_on(place: Path, expected: dict[str, object]) -> list[str]:
+    """Look at what a run has left in place/run, and take it to its end. -> what went wrong"""
+    wrong = []
+    faults = {path.name: fault(path) for path in files_of(place / "run")}
+    half = [f"{name} ({why})" for name, why in faults.items() if why]
+    if half:
+        wrong.append(f"not whole: {', '.join(half)}")
+
+    code, _, _ = attempt(place)
+    found = contents(place / "run")
+    other = [name for name in {*found, *expected} if found.get(name) != expected.get(name)]
+    if other:
+        wrong.append(f"resumed, {code}, with another {', '.join(other)}")
+    return wrong
+
+
+def attempt(
+    place: Path, fatal: int | None = None, full: bool = False
+) -> tuple[int, list[str], int]:
     """Train in place/run, in a process of its own that is killed before a step.
 
-    -> exit code (-9: killed); of one that came to its end: its steps, and what Python told
+    full: there is no room on the disk any more, instead. -> exit code (-9: killed, REFUSED: with an
+    error for people); of one that came to its end: its steps, and what Python told
     """
-    notes = place / "steps.json"
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            os.chdir(place)
-            watch = Watch(fatal)
-            watch.begin()
-            with contextlib.redirect_stdout(io.StringIO()):
-                fedgs.run(CONFIG)
-            notes.write_text(json.dumps([watch.steps, watch.told]))
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-
+    child = begin(place, fatal, full)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
+    notes = place / f"{child}.json"
     steps, told = json.loads(notes.read_text()) if code == 0 else ([], 0)
     return code, steps, told
 
 
+def begin(place: Path, fatal: int | None = None, full: bool = False) -> int:
+    """Start what `attempt` waits for. -> the number of its process"""
+    child = os.fork()
+    if child:
+        return child
+
+    code = 1
+    try:
+        os.chdir(place)
+        watch = Watch(fatal, full)
+        watch.begin()
+        with contextlib.redirect_stdout(io.StringIO()):
+            fedgs.run(CONFIG)
+        Path(f"{os.getpid()}.json").write_text(json.dumps([watch.steps, watch.told]))
+        code = 0
+    except (UserError, OSError) as error:
+        # Of a full disk people have to be told which one.
+        words = "'run" if full else "run is in use"
+        code = REFUSED if words in for_people(error) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
 def files_of(folder: Path) -> list[Path]:
-    """The files of a run. What a killed process has left half written is none of them."""
-    return [path for path in folder.glob("*") if not is_temporary(path)]
+    """The files of a run: neither its lock, nor what a killed process has left half written."""
+    return list(folder.glob("[!.]*"))
 
 
 def own_name(path: Path) -> str:
@@ -421,7 +488,7 @@ def test_the_run_is_worth_killing(found):
     assert [step for step, _ in itertools.groupby(found["steps"])] == expected
     assert len(found["steps"]) >= len(expected) + len(WRITTEN)  # a write has two halves
     opened = [step for step in expected if step.startswith(("open", "replace"))]
-    assert found["told"] == len(opened)
+    assert found["told"] == len(opened) + 1  # that of the lock
 
 
 def test_killed_before_every_step_and_resumed(found):
@@ -435,6 +502,15 @@ def test_killed_once_more_before_every_step_after_that(found):
     rest = ["best_small.pt", "last.pt", "rounds.csv", "config.json"]
     written = [step for step in found["steps again"] if step.startswith("replace")]
     assert written == [f"replace {name}" for name in rest + WRITTEN[10:]]
+
+
+def test_a_disk_that_is_full_from_any_step_on(found):
+    assert found["full"] == []
+
+
+def test_two_runs_that_are_started_in_one_folder(found):
+    assert found["pairs"] == []
+    assert 0 < found["kept out"] <= PAIRS
 
 
 if __name__ == "__main__":
