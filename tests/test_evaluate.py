@@ -14,6 +14,7 @@ from test_common import LITS, save_checkpoint
 
 import fedgs
 import metrics
+from support import runs
 from tools import compare, evaluate
 from tools.common import open_checkpoint
 
@@ -41,6 +42,7 @@ def test_the_table_is_the_runs_own(test_again, finished, tmp_path, capsys):
     out = tmp_path / "out"
     assert test_again("--out", out) == 0
     assert {path.name for path in out.iterdir()} == {
+        ".lock",
         "results.json",
         "scores.csv",
         "predictions.png",
@@ -85,6 +87,25 @@ def test_results_of_something_else_are_left_alone(test_again, finished, capsys):
     before = {path: path.read_bytes() for path in finished.iterdir()}
     refused(capsys, test_again("--out", finished), "not empty: choose another --out")
     assert {path: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_results_that_came_meanwhile_are_left_alone(test_again, tmp_path, capsys, monkeypatch):
+    """A test takes its time, and someone else may have chosen the same folder."""
+    out = tmp_path / "out"
+    whole_draw = fedgs.draw_tests
+
+    def draw_while_others_write(*given: object) -> dict:
+        out.mkdir()
+        (out / "results.json").write_text("of others")
+        return whole_draw(*given)
+
+    monkeypatch.setattr(fedgs, "draw_tests", draw_while_others_write)
+    refused(capsys, test_again("--out", out), "not empty: choose another --out")
+    assert (out / "results.json").read_text() == "of others"
+
+    monkeypatch.setattr(fedgs, "draw_tests", whole_draw)
+    with runs.locked(tmp_path / "in use"):
+        refused(capsys, test_again("--out", tmp_path / "in use"), "in use is in use")
 
 
 @pytest.mark.slow

@@ -113,7 +113,10 @@ def evaluate(checkpoint: Path, given: dict, out: Path | None, tolerance: float |
         scores = runs.score_table(checkpoint.stem, tests)
         chosen = [test for test in tests if test.batch_norm == config.batch_norm]
         figures = fedgs.draw_tests(clients, chosen, heading)
-        runs.save_results(out, results, scores, figures)
+        # Another process may have written there since.
+        with runs.locked(out):
+            runs.check_empty(out)
+            runs.save_results(out, results, scores, figures)
     return results
 
 
