@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,18 @@ from support import pictures, standin
 # ever beside other work. Processes that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+
+def ignore(*_: object) -> None:
+    """A signal's handler that does nothing."""
+
+
+# Under nohup, or in the background, signals are ignored. Programs that tests start, and end by a
+# signal, would inherit that; a handler of Python's they do not.
+for name in ("SIGINT", "SIGHUP"):
+    number = getattr(signal, name, None)
+    if number and signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, ignore)
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("FEDGS_SHARED", ROOT.parent / "shared"))
