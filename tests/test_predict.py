@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from conftest import SHARED, exit_code, refused
 from PIL import Image
-from test_common import LITS, save_checkpoint
+from test_common import LITS, TINY, save_checkpoint
 
 import data
 import fedgs
 from models import UTNet
+from support import checkpoints, runs
 from support.errors import UserError
 from tools import predict
 from tools.common import open_checkpoint
@@ -576,7 +577,7 @@ def test_real_volumes(tmp_path, ct_checkpoint):
         assert set(np.unique(np.asarray(mask.dataobj))) <= {0, 1}
 
 
-# ---------------------------------------------------------------------------- published checkpoints
+# --------------------------------------------------------------------------------- whose batch norm
 
 
 def test_adapted_to_the_images_that_are_segmented(tmp_path, checkpoint, capsys):
@@ -629,6 +630,38 @@ def test_the_samples_of_volumes_are_spread_over_them(tmp_path, monkeypatch):
     assert torch.equal(some, torch.cat([whole[:38:3], whole[38::3]]))
     monkeypatch.setattr(predict, "ENOUGH", 1)
     assert torch.equal(predict.samples_of(inputs, reading("slices", 16)), whole[:1])
+
+
+def test_the_batch_norm_that_a_client_kept_for_itself(tmp_path, capsys):
+    config = fedgs.Config(**TINY, method="fedbn")
+    about = runs.describe_weights(config, "PolypGen stand-in", 7, fedgs.__version__)
+    flat = fedgs.FlatNetwork(fedgs.build_network(config))
+    own = {"C1": torch.full_like(flat.affine, 0.5, dtype=torch.float32)}
+    path = tmp_path / "fedbn.pt"
+    checkpoints.save(path, checkpoints.with_about(flat.network, about, own))
+    image = write_image(tmp_path / "one.png")
+
+    # The same network whose batch norm has these scales and shifts.
+    expected = fedgs.build_network(config)
+    expected.load_state_dict(flat.network.state_dict())
+    for module in expected.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.constant_(module.weight, 0.5)
+            torch.nn.init.constant_(module.bias, 0.5)
+
+    network, _, about = open_checkpoint(path, {})
+    predict.use_batch_norm_of("C1", network, about, path)
+    for tensor, found in zip(expected.parameters(), network.parameters(), strict=True):
+        assert torch.equal(tensor, found)
+
+    assert main(path, tmp_path / "out", image, "--client", "C1") == 0
+    refused(capsys, main(path, tmp_path / "no", image, "--client", "C2"), "C2", "those of C1")
+    bare = save_checkpoint(tmp_path / "other.pt")
+    refused(capsys, main(bare, tmp_path / "no", image, "--client", "C1"), "other.pt has none")
+    assert not (tmp_path / "no").exists()
+
+
+# ---------------------------------------------------------------------------- published checkpoints
 
 
 def test_a_bare_state_dict_by_option(tmp_path, capsys):

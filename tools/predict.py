@@ -11,7 +11,8 @@ or volumes directly in it are taken, except masks. Nothing is overwritten, and a
 read does not keep the others from being segmented.
 
 --adapt first measures batch norm's statistics on these very files, without labels. That makes sense
-for many images of one hospital: means over a handful of them are noise.
+for many images of one hospital: means over a handful of them are noise. --client NAME takes the
+scales and shifts that this client of a FedBN run kept for itself, in place of their mean.
 """
 
 import contextlib
@@ -29,8 +30,8 @@ from scipy import ndimage
 from tqdm import tqdm
 
 import data
-from fedgs import ENOUGH, Config, adapt, predict
-from support import options, pictures, runs, volumes
+from fedgs import ENOUGH, Config, FlatNetwork, adapt, predict, state_of
+from support import checkpoints, options, pictures, runs, volumes
 from support.errors import UserError, readable_errors
 from support.files import replacing
 from support.pixels import open_image
@@ -303,6 +304,19 @@ def adapt_to(network: torch.nn.Module, inputs: dict[str, Path], reading: data.Re
     return f"batch norm's statistics are those of {len(samples)} of these images{few}"
 
 
+def use_batch_norm_of(client: str, network: torch.nn.Module, about: dict, path: Path) -> None:
+    """Give a network the scales and shifts that a client of FedBN kept for itself.
+
+    about: what the checkpoint at `path` says. Raises UserError where it has none of this client.
+    """
+    flat = FlatNetwork(network)
+    own = checkpoints.own_of(about, flat, path)
+    if client not in own:
+        has = f"those of {', '.join(own)}" if own else "none: its run was not FedBN"
+        raise UserError(f"--client {client}: of clients' own batch norm {path} has {has}")
+    flat.load(state_of(flat.state(own), client, flat.affine))
+
+
 # ------------------------------------------------------------------------------------ command line
 
 
@@ -315,6 +329,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument("--out", type=Path, required=True, help="folder for the results")
         help_ = "measure batch norm's statistics on these files"
         parser.add_argument("--adapt", action="store_true", help=help_)
+        help_ = "whose own batch norm to use, of a FedBN run"
+        parser.add_argument("--client", metavar="NAME", help=help_)
         options.add_options(parser, Config, DESCRIBES)
         given = vars(parser.parse_args(arguments))
 
@@ -322,7 +338,10 @@ def main(arguments: list[str] | None = None) -> None:
         checkpoint = given.pop("checkpoint")
         out = given.pop("out")
         wants_adapting = given.pop("adapt", False)
+        client = given.pop("client", None)
         network, config, about = open_checkpoint(checkpoint, given)
+        if client is not None:
+            use_batch_norm_of(client, network, about, checkpoint)
         inputs = find_inputs(paths, config.images)
 
         origin = describe_origin(about)
