@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 
 class UserError(ValueError):
@@ -52,8 +52,7 @@ def readable_errors(program: str, interrupted: str = "") -> Iterator[None]:
     except KeyboardInterrupt:
         end(program, f"interrupted; {interrupted}", 130)
     except BrokenPipeError:
-        # What is left in its buffer is written at the very end, and may not fail once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        lead_nowhere(sys.stdout)
         end(program, f"nobody reads its output any more; {interrupted}", 141)
     except Exception as error:
         if not for_people(error):
@@ -90,6 +89,13 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def end(program: str, message: str, code: int) -> None:
     """One line on stderr, and the exit code."""
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        print(f"{program}: {message}", file=sys.stderr)
+    try:
+        print(f"{program}: {message}", file=sys.stderr, flush=True)
+    except OSError:  # the terminal may be gone
+        lead_nowhere(sys.stderr)
     raise SystemExit(code)
+
+
+def lead_nowhere(stream: TextIO) -> None:
+    """Have a stream that broke take what is in its buffer: Python writes that at the very end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

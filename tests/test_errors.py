@@ -83,6 +83,7 @@ def program(what: str, shell: str = "{}") -> subprocess.CompletedProcess:
     return subprocess.run(
         ["sh", "-c", command, sys.executable, ENDING.format(what=what)],
         cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
         capture_output=True,
         text=True,
         timeout=60,
@@ -129,10 +130,10 @@ def test_a_terminal_that_is_gone():
 def test_a_program_without_its_streams(tmp_path, closed):
     """Its first file must not become one of them."""
     path = tmp_path / "file"
-    print_everywhere = "print('out'); print('error', file=sys.stderr); os.write(1, b'library')"
-    done = program(
-        f"file = open({str(path)!r}, 'w'); {print_everywhere}; file.close()", "{} " + closed
-    )
+    prints = "print('out'); print('error', file=sys.stderr); "
+    library = "[os.write(number, b'library') for number in (1, 2)]; "
+    what = f"file = open({str(path)!r}, 'w'); {prints}{library}file.close()"
+    done = program(what, "{} " + closed)
     assert done.returncode == 0
     assert path.read_text() == ""
 

@@ -65,10 +65,10 @@ def test_a_folder_is_of_one_process_at_a_time(tmp_path):
     # A lock that is free again is no obstacle, nor is what it leaves.
     with runs.locked(folder):
         runs.Folder(Config(out=str(folder))).check({"config": {}})
-    with pytest.raises(RuntimeError), runs.locked(folder):
+    with pytest.raises(RuntimeError) as caught, runs.locked(folder):
         raise RuntimeError
     with runs.locked(folder):
-        pass
+        assert caught  # whose traceback keeps what the lock was made of
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs an operating system that forks")
