@@ -1181,6 +1181,17 @@ def test_a_centre_without_batch_norm_of_its_own_takes_the_servers(flat):
     assert not torch.equal(own.parameters, state.parameters)  # which stays as it was
 
 
+def test_own_batch_norm_comes_back(flat, generator, tmp_path):
+    own = {name: torch.rand(len(flat.affine), generator=generator) for name in ("C1", "C2")}
+    about = {"config": {}, "data": "here"}
+    checkpoints.save(tmp_path / "best.pt", checkpoints.with_about(flat.network, about, own))
+    weights, _ = checkpoints.read_weights(tmp_path / "best.pt")
+    found = checkpoints.load_state(flat, weights, tmp_path / "best.pt").own
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {
+        name: tensor.tolist() for name, tensor in own.items()
+    }
+
+
 @pytest.mark.parametrize(
     "damaged",
     [
