@@ -14,6 +14,7 @@ from test_common import LITS, save_checkpoint
 
 import fedgs
 import metrics
+from support import checkpoints
 from tools import compare, evaluate
 from tools.common import open_checkpoint
 
@@ -85,6 +86,25 @@ def test_results_of_something_else_are_left_alone(test_again, finished, capsys):
     before = {path: path.read_bytes() for path in finished.iterdir()}
     refused(capsys, test_again("--out", finished), "not empty: choose another --out")
     assert {path: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_a_centres_own_batch_norm_is_tested(finished, cache, tmp_path, monkeypatch):
+    weights, about = checkpoints.read_weights(finished / "best.pt")
+    network, _, _ = open_checkpoint(finished / "best.pt", {})
+    about["own"] = {"C4": torch.full(fedgs.affine_places(network).shape, 0.5)}
+    checkpoints.save(tmp_path / "own.pt", weights)
+
+    class Seen(Exception):
+        pass
+
+    def see(clients, state):
+        assert state.own["C4"].tolist() == about["own"]["C4"].tolist()
+        raise Seen
+
+    monkeypatch.setattr(fedgs.LocalClients, "test", see)
+    given = {"data_root": "stand-in", "cache": str(cache)}
+    with pytest.raises(Seen):
+        evaluate.evaluate(tmp_path / "own.pt", given, None, None)
 
 
 @pytest.mark.slow
