@@ -343,6 +343,7 @@ def test_what_is_read_of_frames(frames):
     assert held.images.dtype == held.masks.dtype == torch.uint8
     assert held.masks.unique().tolist() == [0, 1]
     assert held.inverse_area.tolist() == pytest.approx([1200 / 128] * 5, rel=0.01)
+    assert held.inverse_area.dtype == torch.float64
     assert not held.small.any()
 
 

@@ -1265,8 +1265,18 @@ def test_own_batch_norm_that_is_damaged(flat, tmp_path, damaged):
         checkpoints.load_state(flat, weights, path)
 
 
-def test_each_checkpoint_is_tested_itself(flat, square_root, tmp_path):
-    """best and best_small of different rounds: each has the measures of its own weights."""
+def test_each_checkpoint_is_tested_itself(flat, square_root, tmp_path, monkeypatch):
+    """best and best_small of different rounds: each has the measures of its own weights.
+
+    The pictures are of the best one.
+    """
+    drawn = []
+
+    def noted(clients, tests, heading):
+        drawn.append(heading)
+        return {"predictions.png": None}
+
+    monkeypatch.setattr(fedgs, "draw_tests", noted)
     where = {"data_root": str(square_root), "out": str(tmp_path), "centres": ("C4", "C5", "C6")}
     config = replace(CONFIG, batch_size=4, **where)
     clients = LocalClients(flat, fedgs.load_data(config, config.centres), config)
@@ -1281,6 +1291,8 @@ def test_each_checkpoint_is_tested_itself(flat, square_root, tmp_path):
     results, _, _ = fedgs.test(clients, config, runs.Folder(config))
     assert to_json(results["checkpoints"]) == to_json(expected)  # NaN is not equal to itself
     assert expected["best"]["averaged"] != expected["best_small"]["averaged"]
+    [heading] = drawn
+    assert heading.endswith("\nbest (round 1)")
 
 
 def test_what_was_chosen_is_written_down(finished):
