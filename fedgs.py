@@ -860,7 +860,7 @@ class Server:
         # theta <- theta - server_lr velocity. Without momentum this is the paper's server step,
         # theta <- theta - sum_k w_k Delta_k.
         theta = self.state.parameters - self.config.server_lr * velocity
-        if not (theta.isfinite().all() and buffers.isfinite().all()):
+        if not theta.isfinite().all():
             self._refuse("the server's step", "--server-lr or --server-momentum")
 
         counters = counters.round().to(self.state.counters.dtype)

@@ -94,13 +94,13 @@ def dice_per_image(predicted: Tensor, truth: Tensor) -> Tensor:
 
     predicted, truth (B, 1, H, W) bool -> (B,) float64
     """
-    overlap = (predicted & truth).flatten(1).sum(dim=1).double()
+    overlap = (predicted & truth).flatten(1).sum(dim=1)
     predicted_pixels = predicted.flatten(1).sum(dim=1)
     truth_pixels = truth.flatten(1).sum(dim=1)
-
-    # At least 1, since both sides of torch.where are computed, and 0 / 0 would be NaN.
     total = (predicted_pixels + truth_pixels).double()  # = 2 TP + FP + FN
-    dice = 2 * overlap / total.clamp(min=1)
+
+    # 0 / 0, of two empty masks, is NaN.
+    dice = 2 * overlap / total
     return torch.where(total > 0, dice, 1.0)
 
 

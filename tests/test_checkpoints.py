@@ -72,6 +72,16 @@ def test_a_bare_state_dict_says_nothing(network, tmp_path):
     assert checkpoints.read_weights(tmp_path / "published.pt")[1] == {}
 
 
+def test_what_was_saved_on_a_gpu_is_read_onto_the_cpu(network, tmp_path, monkeypatch):
+    def first_gpu(storage):
+        return "cuda:0"
+
+    monkeypatch.setattr(torch.serialization, "location_tag", first_gpu)
+    torch.save(network.state_dict(), tmp_path / "best.pt")
+    state, _ = checkpoints.read_weights(tmp_path / "best.pt")
+    assert {tensor.device.type for tensor in state.values()} == {"cpu"}
+
+
 def test_saving_replaces_a_file_whole(network, path, tmp_path):
     (tmp_path / "copy.pt").write_bytes(path.read_bytes())
 
@@ -237,6 +247,23 @@ def test_a_name_that_is_no_text(network, tmp_path):
         for item in whole.infolist():
             harmed.writestr(item, whole.read(item).replace(b"outc", b"out\xca"))
     with pytest.raises(UserError, match=r"harmed.pt is damaged, or no checkpoint: .*utf-8"):
+        checkpoints.read(tmp_path / "harmed.pt")
+
+
+class Rebuilt:
+    """What a file says is a tensor of these parts."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, self.parts
+
+
+@pytest.mark.parametrize("parts", [(1,), ((1,), 0, (1,), (1,), False, {})])
+def test_a_tensor_of_other_parts(tmp_path, parts):
+    torch.save({"w": Rebuilt(*parts)}, tmp_path / "harmed.pt")
+    with pytest.raises(UserError, match=r"harmed.pt is damaged, or no checkpoint: ."):
         checkpoints.read(tmp_path / "harmed.pt")
 
 

@@ -132,6 +132,15 @@ def test_fingerprint_is_of_all_that_counts(frames, what):
     assert data.hash_of([held]) != before
 
 
+def test_the_fingerprint_of_equal_images_never_changes():
+    """A run that an earlier version began has to go on."""
+    mask = torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
+    image = torch.arange(12, dtype=torch.uint8).view(1, 3, 2, 2)
+    small = torch.tensor([True])
+    images = data.Images("C1", ["a"], image, mask, torch.ones(1), small, torch.ones(1, 2))
+    assert data.hash_of([images, images]) == "bb7dd0b464bcfc40"
+
+
 # ----------------------------------------------------------------------------------------- loading
 
 
@@ -158,6 +167,12 @@ def test_a_folder_that_does_not_hold_the_data_set(tmp_path, dataset, known):
         data.find(dataset, str(tmp_path / "nowhere"))
 
 
+def test_segmentations_alone_are_no_data_set(tmp_path):
+    (tmp_path / "segmentation-0.nii").write_text("")
+    with pytest.raises(UserError, match=r"no volume-0.nii.* in it"):
+        data.find("lits", str(tmp_path))
+
+
 def test_workload_is_known_before_anything_is_read(frames, scans):
     assert data.workloads("polypgen", frames, ["C2", "C1"]) == {"C2": 5, "C1": 5}
     assert data.workloads("lits", scans, ["C1", "C5"]) == {"C1": 10, "C5": 2}
@@ -165,6 +180,10 @@ def test_workload_is_known_before_anything_is_read(frames, scans):
     assert drawn["C3"] > drawn["C6"] > 0
     drawn = data.workloads("lits", None, ["C1", "C5"])
     assert drawn["C1"] > drawn["C5"] > 0
+
+    manifest = frames / "manifest.csv"
+    manifest.write_text("centre,image,mask\nOslo,a,1\nRome,b,2\nOslo,c,3\n")
+    assert data.workloads("own", manifest, ["Rome", "Oslo"]) == {"Rome": 1, "Oslo": 2}
 
 
 def test_who_gets_what(frames):
@@ -324,6 +343,7 @@ def test_what_is_read_of_frames(frames):
     assert held.images.dtype == held.masks.dtype == torch.uint8
     assert held.masks.unique().tolist() == [0, 1]
     assert held.inverse_area.tolist() == pytest.approx([1200 / 128] * 5, rel=0.01)
+    assert held.inverse_area.dtype == torch.float64
     assert not held.small.any()
 
 
@@ -408,6 +428,14 @@ def test_groups_beside_the_data_stay_together(frames):
         assert sum(together) == 1
         assert sum(len(part) for part in parts) == 5
     assert read_frames(frames, fold=1).in_test["C1"].names == ["frame0"]
+
+
+@pytest.mark.parametrize("column", ["centre", "name", "near_dup_group"])
+def test_groups_without_a_column(frames, column):
+    header = {"centre", "name", "near_dup_group"} - {column}
+    (frames / "index.csv").write_text(f"{','.join(sorted(header))}\n1,1\n")
+    with pytest.raises(UserError, match=r"index.csv: every row needs the columns centre, name, "):
+        read_frames(frames, split="grouped")
 
 
 def test_groups_are_asked_of_clients_alone(frames):

@@ -14,7 +14,7 @@ from test_common import LITS, save_checkpoint
 
 import fedgs
 import metrics
-from support import runs
+from support import checkpoints, runs
 from tools import compare, evaluate
 from tools.common import open_checkpoint
 
@@ -106,6 +106,25 @@ def test_results_that_came_meanwhile_are_left_alone(test_again, tmp_path, capsys
     monkeypatch.setattr(fedgs, "draw_tests", whole_draw)
     with runs.locked(tmp_path / "in use"):
         refused(capsys, test_again("--out", tmp_path / "in use"), "in use is in use")
+
+
+def test_a_centres_own_batch_norm_is_tested(finished, cache, tmp_path, monkeypatch):
+    weights, about = checkpoints.read_weights(finished / "best.pt")
+    network, _, _ = open_checkpoint(finished / "best.pt", {})
+    about["own"] = {"C4": torch.full(fedgs.affine_places(network).shape, 0.5)}
+    checkpoints.save(tmp_path / "own.pt", weights)
+
+    class Seen(Exception):
+        pass
+
+    def see(clients, state):
+        assert state.own["C4"].tolist() == about["own"]["C4"].tolist()
+        raise Seen
+
+    monkeypatch.setattr(fedgs.LocalClients, "test", see)
+    given = {"data_root": "stand-in", "cache": str(cache)}
+    with pytest.raises(Seen):
+        evaluate.evaluate(tmp_path / "own.pt", given, None, None)
 
 
 @pytest.mark.slow

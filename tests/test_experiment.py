@@ -136,6 +136,15 @@ def test_unscaled_is_an_arm_beside_the_methods(start, tmp_path, monkeypatch, cap
     assert unscaled.accumulates
 
 
+def test_fedbn_with_the_steps_of_fedgs(start, tmp_path, monkeypatch, capsys):
+    configs = without_training(monkeypatch)
+    options = ["--methods", "fedbn", "fedbn+fedgs", "--seeds", 0]
+    refused(capsys, start(tmp_path, *options), "2 of 2 runs failed")
+    fedbn, both = configs
+    assert both == replace(fedbn, scaling="on", label="fedbn+fedgs", out=both.out)
+    assert both.scales and not fedbn.scales
+
+
 def test_names_say_what_there_is_one_of(start, tmp_path, monkeypatch, capsys):
     configs = without_training(monkeypatch)
     options = ["--methods", "fedgs", "--split", "centre", "--model", "sd-utnet"]

@@ -143,6 +143,16 @@ def test_difficulties_of_worked_examples(log_base, expected):
     assert eta.item() == pytest.approx(1 + sum(expected), rel=1e-6)
 
 
+def test_difficulties_have_all_digits_of_float32():
+    masks = torch.zeros(250, 256, dtype=torch.uint8)
+    for i, mask in enumerate(masks):
+        mask[: i + 1] = 1  # areas of 1 to 250 pixels
+    _, difficulty, _ = mask_difficulty(masks.view(-1, 16, 16), torch.ones(250), 150)
+    logs = [math.log(256 / area) / math.log(150) for area in range(1, 251)]
+    expected = [math.tanh(x**2) for x in logs]
+    assert difficulty.tolist() == pytest.approx(expected, rel=7e-8, abs=0)
+
+
 def test_step_scale_of_a_worked_example():
     _, difficulty, eta = mask_difficulty(masks_of([50], 512, 512), torch.tensor([True]), 100)
     assert difficulty.item() == pytest.approx(0.9980215523, rel=1e-6)
@@ -407,6 +417,21 @@ def test_an_epoch_is_every_image_once_in_a_new_order(generator):
     assert trained == set(range(7))
 
 
+def test_codes_are_drawn_by_the_clients_generator(generator):
+    """SD-UTNet's noise: two codes of eight numbers an image."""
+    images = square_images("C1", 7, generator)
+    config = replace(CONFIG, model="sd-utnet", batch_size=3)
+
+    def all_noise():
+        batches = fedgs.epoch_batches(images, config, torch.Generator().manual_seed(3))
+        return torch.stack([batch.noise for batch in batches])
+
+    first = all_noise()
+    assert first.shape == (2, 2, 3, 8)
+    assert torch.equal(first, all_noise())
+    assert len(first.unique()) == first.numel()
+
+
 def test_difficulty_is_of_what_the_network_sees(flat, generator, monkeypatch):
     """The masks after augmentation, with the flags of the same images, and the log base."""
     images = square_images("C1", 4, generator)
@@ -546,6 +571,26 @@ def test_losses_are_float32(generator, monkeypatch):
     assert seen == [torch.float32]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_disentangled_loss_is_of_all_parts_in_float32(generator, monkeypatch, precision):
+    seen = []
+    loss = metrics.disentangled_loss
+
+    def watched(parts, images, masks):
+        seen.append(parts)
+        return loss(parts, images, masks)
+
+    monkeypatch.setattr(metrics, "disentangled_loss", watched)
+    network = fedgs.build_network(replace(CONFIG, model="sd-utnet"))
+    images = torch.rand(2, 3, 32, 32, generator=generator)
+    masks = torch.zeros(2, 1, 32, 32)
+    noise = torch.zeros(2, 2, 8)
+    found, terms = fedgs.training_loss(network, images, masks, noise, precision)
+    [parts] = seen
+    assert {part.dtype for part in parts} == {torch.float32}
+    assert (found, terms) == loss(parts, images, masks)
+
+
 def test_prediction_is_the_lesion_channel_in_evaluation_mode(generator):
     """Channel 1 is lesion; batch norm uses its running statistics; images are normalised."""
     config = replace(CONFIG, width=4)
@@ -568,8 +613,8 @@ def test_prediction_is_the_lesion_channel_in_evaluation_mode(generator):
 
 def test_adapted_statistics_are_means_over_batches(flat, generator):
     """Of images from all over the centre; weights, momentum and the given images stay."""
-    images = square_images("C1", 40, generator).images
-    images[20:] //= 3  # the second half of the folder is darker
+    images = square_images("C1", 46, generator).images
+    images[23:] //= 3  # the second half of the folder is darker
     before = flat.state()
     fedgs.adapt(flat.network, images)
 
@@ -577,7 +622,7 @@ def test_adapted_statistics_are_means_over_batches(flat, generator):
     first = reference.inc[0].bn1
     means = []
     variances = []
-    for i in range(3):  # 14, 13 and 13 images
+    for i in range(3):  # 16, 15 and 15 images
         batch = data.normalise(images[i::3])
         means.append(batch.mean(dim=(0, 2, 3)))
         variances.append(batch.var(dim=(0, 2, 3)))
@@ -603,8 +648,8 @@ def test_at_most_256_images_are_looked_at(flat, generator, monkeypatch):
         seen.append(len(given[0]))
 
     flat.network.register_forward_hook(note)
-    fedgs.adapt(flat.network, torch.zeros(600, 3, 16, 16, dtype=torch.uint8))
-    assert sum(seen) == 200  # every third
+    fedgs.adapt(flat.network, torch.zeros(768, 3, 16, 16, dtype=torch.uint8))
+    assert sum(seen) == 256  # every third
     assert max(seen) <= 16
 
 
@@ -648,6 +693,7 @@ def test_evaluation_of_many_images_and_of_none(generator):
     evaluation = fedgs.evaluate(network, images)
     expected = torch.cat([fedgs.predict(network, images.images[i : i + 1]) for i in range(35)])
     assert torch.equal(evaluation.predicted, expected)
+    assert evaluation.predicted.dtype == torch.bool
     truth = images.masks.bool()
     assert torch.equal(evaluation.dice, metrics.dice_per_image(expected, truth))
     assert fedgs.evaluate(network, images.subset([])).tally.abs().sum() == 0
@@ -1013,6 +1059,16 @@ def test_the_chosen_kernels_do_the_work(flat, square_root):
     assert calls == {"mask_difficulty", "adamw_accumulate_", "aggregate"}
 
 
+def test_which_kernels_are_compiled_for_a_device(monkeypatch):
+    module = PYTORCH._asdict()
+    del module["name"]
+    module = SimpleNamespace(**module)
+    monkeypatch.setattr(fedgs.hardware, "compiled_kernels", lambda *_: (module, "why"))
+    for device, name in (("cpu", "cpp"), ("cuda", "cuda")):
+        kernels, reason = fedgs.choose_kernels("auto", torch.device(device))
+        assert (kernels, reason) == (PYTORCH._replace(name=name), "why")
+
+
 # ------------------------------------------------------------------------------------- a whole run
 
 
@@ -1181,6 +1237,17 @@ def test_a_centre_without_batch_norm_of_its_own_takes_the_servers(flat):
     assert not torch.equal(own.parameters, state.parameters)  # which stays as it was
 
 
+def test_own_batch_norm_comes_back(flat, generator, tmp_path):
+    own = {name: torch.rand(len(flat.affine), generator=generator) for name in ("C1", "C2")}
+    about = {"config": {}, "data": "here"}
+    checkpoints.save(tmp_path / "best.pt", checkpoints.with_about(flat.network, about, own))
+    weights, _ = checkpoints.read_weights(tmp_path / "best.pt")
+    found = checkpoints.load_state(flat, weights, tmp_path / "best.pt").own
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {
+        name: tensor.tolist() for name, tensor in own.items()
+    }
+
+
 @pytest.mark.parametrize(
     "damaged",
     [
@@ -1198,8 +1265,18 @@ def test_own_batch_norm_that_is_damaged(flat, tmp_path, damaged):
         checkpoints.load_state(flat, weights, path)
 
 
-def test_each_checkpoint_is_tested_itself(flat, square_root, tmp_path):
-    """best and best_small of different rounds: each has the measures of its own weights."""
+def test_each_checkpoint_is_tested_itself(flat, square_root, tmp_path, monkeypatch):
+    """best and best_small of different rounds: each has the measures of its own weights.
+
+    The pictures are of the best one.
+    """
+    drawn = []
+
+    def noted(clients, tests, heading):
+        drawn.append(heading)
+        return {"predictions.png": None}
+
+    monkeypatch.setattr(fedgs, "draw_tests", noted)
     where = {"data_root": str(square_root), "out": str(tmp_path), "centres": ("C4", "C5", "C6")}
     config = replace(CONFIG, batch_size=4, **where)
     clients = LocalClients(flat, fedgs.load_data(config, config.centres), config)
@@ -1214,6 +1291,8 @@ def test_each_checkpoint_is_tested_itself(flat, square_root, tmp_path):
     results, _, _ = fedgs.test(clients, config, runs.Folder(config))
     assert to_json(results["checkpoints"]) == to_json(expected)  # NaN is not equal to itself
     assert expected["best"]["averaged"] != expected["best_small"]["averaged"]
+    [heading] = drawn
+    assert heading.endswith("\nbest (round 1)")
 
 
 def test_what_was_chosen_is_written_down(finished):

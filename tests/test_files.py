@@ -73,6 +73,12 @@ def test_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
     files.write_text(tmp_path / "notes.txt", "one\n")
     assert calls == ["sync", "rename"]
 
+    # What can be made again does not wait for the disk.
+    calls.clear()
+    with files.replacing(tmp_path / "notes.txt", synced=False) as new:
+        new.write_text("two\n")
+    assert calls == ["rename"]
+
 
 def test_what_a_killed_process_leaves_is_in_nobodys_way(tmp_path):
     path = tmp_path / "notes.txt"
@@ -201,10 +207,16 @@ def test_a_table_as_a_spreadsheet_saves_it(tmp_path):
     assert files.read_csv(tmp_path / "rows.csv", ("name",)) == [{"name": "η", "small": "1"}]
 
 
+def test_line_ends_in_a_cell_stay_as_they_were(tmp_path):
+    (tmp_path / "rows.csv").write_bytes(b'name,dice\n"two\r\nlines",1\n')
+    assert files.read_csv(tmp_path / "rows.csv", ("name",))[0]["name"] == "two\r\nlines"
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         (b"\xff\xfe\x00\x01", "cannot read .*rows.csv"),
+        (b"name,dice\n" + b"a" * 200_000, "cannot read .*rows.csv: field larger than"),
         (b"name\na\n", "rows.csv: every row needs the columns name, dice"),
         (b"name,dice\na,1\nb\n", "rows.csv: every row needs the columns name, dice"),
         (b"hello world", None),  # a header without rows: there is nothing to miss
@@ -223,6 +235,10 @@ def test_tables_that_cannot_be_opened(tmp_path):
     for path in (tmp_path, tmp_path / "none.csv"):
         with pytest.raises(UserError, match=f"cannot read {path}"):
             files.read_csv(path, ())
+
+
+def test_json_is_laid_out_for_people():
+    assert files.to_json({"a": {"b": 1}, "c": 2}) == '{\n  "a": {\n    "b": 1\n  },\n  "c": 2\n}\n'
 
 
 def test_json_has_no_nan():

@@ -339,6 +339,14 @@ def test_volumes_become_slices_with_a_lesion(scans):
         assert part_of[f"a{i}_slice-1"] == part_of[f"a{i}_slice-2"]
 
 
+def test_a_volume_without_a_lesion_has_no_say_in_what_one_is(scans):
+    for name in ("b0", "b4"):
+        write_scan(scans, name, np.zeros((16, 20, 4)))
+    federation = load(scans, out_centre="B")
+    assert len(federation.out_test) == 16
+    assert federation.notes == ["slices with a lesion", "lesion is 1 in a mask"]
+
+
 def test_labels_and_windows_of_volumes(scans):
     labels = np.zeros((16, 20, 4))
     labels[4:9, 5:12, 1:3] = 1

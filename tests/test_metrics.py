@@ -41,6 +41,14 @@ def test_soft_dice_uses_the_lesion_channel():
     assert loss.item() == pytest.approx(0, abs=1e-6)
 
 
+def test_soft_dice_of_logits_is_that_of_their_softmax(generator):
+    logits = torch.randn(3, 2, 2, 2, generator=generator)
+    masks = torch.cat([mask(0), mask(), mask(1, 2, 3)])
+    p = logits[:, 1:].exp() / (logits[:, :1].exp() + logits[:, 1:].exp())
+    expected = 1 - (2 * p[masks].sum() + 0.1) / (p.sum() + 4 + 0.1)
+    torch.testing.assert_close(metrics.soft_dice_loss(logits, masks), expected)
+
+
 def test_soft_dice_of_probabilities():
     lesion = torch.tensor([0.9, 0.2, 0.0, 0.4]).view(1, 1, 2, 2)
     loss = metrics.soft_dice(torch.cat([1 - lesion, lesion], dim=1), mask(0, 3))
@@ -195,6 +203,14 @@ def test_lesions_where_something_is_empty(predicted, truth, dice, false_componen
     assert metrics.lesion_dice(found) == expected
 
 
+def test_masks_are_cut_to_what_is_in_either():
+    predicted = grid("...... ..#... ...... ...... ......")
+    truth = grid("...... ...... ...##. ...... ......")
+    cut_prediction, cut_truth = metrics.cropped(predicted, truth)
+    assert cut_prediction.tolist() == grid("#.. ...").tolist()
+    assert cut_truth.tolist() == grid("... .##").tolist()
+
+
 def test_lesions_of_random_masks():
     """The same by scikit-learn's F1, which is Dice, one lesion at a time."""
     f1_score = pytest.importorskip("sklearn.metrics").f1_score
@@ -320,6 +336,16 @@ def test_score_of_three_images():
     assert means["false_components"] == {"mean": pytest.approx(1 / 3), "n": 3}
     assert means["recall"] == {"mean": 0.5, "n": 2}
     assert means["recall_0_50"] == {"mean": 0.5, "n": 2}
+
+
+def test_false_positives_are_images_and_not_pixels():
+    nothing = torch.zeros(3, 1, 4, 4, dtype=torch.bool)
+    predicted = nothing.clone()
+    predicted[1, 0, 1:3, 1:3] = True
+    found = metrics.score(predicted, nothing, torch.zeros(3, dtype=torch.bool))
+    means = metrics.means(found.tally)
+    assert means["false_positive"] == {"mean": 1 / 3, "n": 3}
+    assert isinstance(means["dice"]["n"], int)  # results.json says 3 images, not 3.0
 
 
 def test_score_of_no_image():

@@ -563,6 +563,18 @@ def test_ctrl_c_is_ignored_by_workers_alone(monkeypatch):
     assert signal.signal(signal.SIGINT, before) == signal.default_int_handler
 
 
+def test_all_that_crosses_comes_onto_the_device():
+    device = torch.device("meta")
+    own = {"C1": torch.ones(1)}
+    state = fedgs.State(torch.ones(2), torch.ones(2), torch.ones(1), own)
+    update = fedgs.Update("C1", torch.ones(2), torch.ones(2), torch.ones(1), None, own)
+    *tensors, moved_own = processes.state_on(device, state)
+    moved = processes.update_on(device, update)
+    tensors += [moved.vector, moved.buffers, moved.counters, moved_own["C1"], moved.own["C1"]]
+    assert len(tensors) == 8
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
 def test_an_error_for_people_is_an_answer():
     def damaged(config, centres):
         raise UserError("frame 7 is damaged")

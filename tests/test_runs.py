@@ -30,11 +30,13 @@ pytestmark = pytest.mark.usefixtures("plain_pictures")
 def test_where_a_run_goes(tmp_path):
     assert str(runs.Folder(Config()).path) == "runs/polypgen-fedgs-utnet-f1-s0"
     assert runs.Folder(Config(out=str(tmp_path))).path == tmp_path
+    for split in ("given", "centre"):
+        assert runs.run_name(Config(split=split)) == f"polypgen-fedgs-utnet-{split}-s0"
 
 
 def test_results_of_another_run_are_left_alone(run, finished, capsys):
     before = {path: path.read_bytes() for path in finished.iterdir()}
-    refused(capsys, run(finished), "not empty", "--resume")
+    refused(capsys, run(finished), "not empty: continue its run with --resume, or choose another")
     code = run(finished, "--resume", "--lr", 0.5)
     refused(capsys, code, "another run", "lr 0.001, now 0.5")
     refused(capsys, run(finished, "--resume", "--width", 4), "width 2, now 4")
@@ -175,11 +177,11 @@ class Rounds:
         self.server = SimpleNamespace(state=flat.state(), velocity=torch.zeros(4), round=0)
         self.history = self.folder.load_progress(self.server, self.clients)
 
-    def save(self, *validations):
+    def save(self, *validations, **row):
         """A round for each of these validation measures."""
         for validation in validations:
             number = len(self.history) + 1
-            self.history.append({"round": number})
+            self.history.append({"round": number, **row})
             flat = self.clients.flat
             for vector in (flat.parameters, flat.buffers, flat.counters, self.server.velocity):
                 vector.fill_(number)
@@ -224,6 +226,14 @@ def test_the_best_rounds_are_kept(tmp_path):
 def test_best_small_goes_by_dice_where_nothing_is_small(tmp_path):
     Rounds(tmp_path).save(*[validation(dice, math.nan, small=0) for dice in (0.2, 0.6, 0.4)])
     assert kept(tmp_path, "best_small") == kept(tmp_path, "best") == 2
+
+
+def test_rounds_that_not_all_validated_are_never_the_best(tmp_path):
+    rounds = Rounds(tmp_path).save(validation(0.2, 0.2))
+    rounds.save(validation(0.9, 0.9), **{runs.VALIDATED: "3 of 5"})
+    assert [kept(tmp_path, name) for name in ("best", "best_small", "last")] == [1, 1, 2]
+    rounds.save(validation(0.5, 0.5))
+    assert [kept(tmp_path, name) for name in ("best", "best_small", "last")] == [3, 3, 3]
 
 
 def test_a_round_is_over_with_resume_pt_and_a_run_with_results_json(tmp_path, monkeypatch):
@@ -282,6 +292,7 @@ def test_a_run_goes_on_where_it_was(tmp_path):
     assert rounds.server.round == 2
     for vector in (*rounds.server.state[:3], rounds.server.velocity):
         assert vector.unique().tolist() == [2]
+    assert Rounds(tmp_path, rounds=2).server.round == 2  # it may be over
 
     rounds.save(validation(0.5, 0.6))
     assert [kept(tmp_path, name) for name in ("best", "best_small", "last")] == [1, 3, 3]
@@ -436,6 +447,13 @@ def test_state_of_another_kind(tmp_path, key, value):
         Rounds(tmp_path)
 
 
+def test_state_that_is_no_dictionary(tmp_path):
+    for value in (None, [1]):
+        checkpoints.save(tmp_path / "resume.pt", value)
+        with pytest.raises(UserError, match=r"resume.pt is not the state of a run"):
+            Rounds(tmp_path)
+
+
 # ---------------------------------------------------------------------------------- complete runs
 
 
@@ -486,6 +504,40 @@ def test_a_row_of_rounds():
     line = runs.describe_round(row, 20)
     assert line.startswith("round   3/20   loss 0.600   η 1.200   ")
 
+    alone = runs.round_row(3, logs[1:], validation(0.6, 0.5), 1, "somewhere")
+    assert (alone["term_dice"], alone["eta"]) == (pytest.approx(0.4), pytest.approx(1.1))
+
+
+def test_clients_that_are_missing_are_in_the_row():
+    facts = {name: SimpleNamespace(validation=5) for name in ("C1", "C2", "C3")}
+    federation = SimpleNamespace(facts=facts)
+    row = {"loss_C2": 0.5}
+    runs.mark_missing(row, ["C1", "C2", "C3"], federation, {"dice": {"mean": 0.5, "n": 10}})
+    assert row["missing"] == "C1 C3"
+    assert row["validated"] == "10 of 15"
+    for name in ("loss_C1", "update_norm_C1", "loss_C3", "update_norm_C3"):
+        assert math.isnan(row.pop(name))
+    assert row.keys() == {"loss_C2", "missing", "validated"}
+
+    whole = {"loss_C1": 0.5, "loss_C2": 0.5}
+    runs.mark_missing(whole, ["C1", "C2"], federation, {"dice": {"mean": 0.5, "n": 15}})
+    assert whole == {"loss_C1": 0.5, "loss_C2": 0.5}
+
+
+def test_rounds_have_the_same_columns():
+    history = [{"round": 1, "dice": 0.5}, {"round": 2, "missing": "C1"}]
+    assert runs.same_columns(history) == [
+        {"round": 1, "dice": 0.5, "missing": ""},
+        {"round": 2, "dice": "", "missing": "C1"},
+    ]
+
+
+def test_what_results_say_beside_the_measures():
+    federation = SimpleNamespace(source="here", notes=["a", "b"])
+    found = runs.describe_results(Config(seed=3), federation, {"best": {}})
+    assert found.pop("config")["seed"] == 3
+    assert found == {"data": "here", "notes": ["a", "b"], "checkpoints": {"best": {}}}
+
 
 def test_tests_are_summarised_by_split_and_centre():
     def test_of(centre, split, value, batch_norm="averaged"):
@@ -525,6 +577,12 @@ def test_images_by_centre():
     facts = {"C5": data.Facts(7, 2, 1, 0, 0, ""), "C6": data.Facts(0, 0, 9, 0, 0, "")}
     federation = SimpleNamespace(facts=facts, out_centre="C6")
     assert runs.count_images(federation) == {"C5": "7 + 2 + 1", "C6 (held out)": "9"}
+
+
+def test_results_of_another_run_are_no_complete_run(finished):
+    record = json.loads((finished / "config.json").read_text())["config"]
+    with pytest.raises(UserError, match=r"results.json is of another run \(seed 0, now 3\)"):
+        runs.is_complete(runs.Folder(Config(**{**record, "seed": 3})))
 
 
 def test_a_run_of_other_rounds_is_not_complete(finished):
