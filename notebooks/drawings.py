@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ipywidgets
+import torch
 from IPython.display import display
 from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from support.pictures import BLUE, GREEN, GREY, ORANGE, RED, SKY
+from support.pictures import BLUE, COLOURS, GREEN, GREY, ORANGE, RED, SKY, outline
 
 WIDTH = 9  # inches: as wide as GitHub and JupyterLab show a picture without shrinking it
 DPI = 100
@@ -132,6 +133,223 @@ def make_sliders(
 
 
 # ----------------------------------------------------------------------------- 04: disentangled
+
+MARKERS = "os^Dv*"
+
+
+def frames(frames: Mapping[str, tuple[Any, int]], title: str) -> Figure:
+    """A frame of each centre with its lesion outlined. frames: {centre: (data.Images, index)}"""
+    figure = new_figure(title, 2.9)
+    row = figure.subplots(1, len(frames), squeeze=False)[0]
+    for axes, (centre, (images, i)) in zip(row, frames.items(), strict=True):
+        draw_image(axes, images.images[i].permute(1, 2, 0))
+        outline(axes, images.masks[i, 0].numpy(), "white", "solid")
+        axes.set_title(f"{centre}, 1/a = {images.inverse_area[i]:.0f}")
+    return figure
+
+
+def draw_image(axes: Axes, picture: Any) -> None:
+    """An image (H, W, 3), or (H, W) in grey, as sharp as it is."""
+    axes.imshow(picture, cmap="gray", interpolation="nearest")
+    axes.set_axis_off()
+
+
+def content_and_style(everyone: Mapping[str, Any], source: str) -> Figure:
+    """Inverse areas, and mean red and blue, of each centre's images. everyone: {centre: Images}"""
+    figure = new_figure(f"Two ways to differ ({source})", 3.8)
+    left, right = figure.subplots(1, 2)
+    for n, (centre, images) in enumerate(everyone.items()):
+        areas = images.inverse_area[images.inverse_area.isfinite()]  # those with a lesion
+        box = left.boxplot(
+            [areas.numpy()],
+            positions=[n],
+            widths=0.6,
+            whis=(5, 95),
+            showfliers=False,
+            patch_artist=True,
+            medianprops={"color": "black"},
+        )
+        box["boxes"][0].set_facecolor(COLOURS[n])
+
+        red, _, blue = (images.images.float() / 255).flatten(2).mean(2).T
+        draw_cloud(right, n, centre, red, blue)
+
+    left.set(yscale="log", ylabel="inverse area 1/a", title="content: sizes of lesions")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.set_xticks(range(len(everyone)), list(everyone))
+    right.set(xlabel="mean red (0 to 1)", ylabel="mean blue (0 to 1)", title="style: colours")
+    right.legend(title="mean of")
+    return figure
+
+
+def draw_cloud(axes: Axes, n: int, centre: str, x: Any, y: Any) -> None:
+    """A point for each image of the n-th centre, and a large one for their mean."""
+    style = {"color": COLOURS[n], "marker": MARKERS[n], "linestyle": "none"}
+    axes.plot(x, y, ms=3, alpha=0.35, **style)
+    axes.plot(x.mean(), y.mean(), ms=11, mec="black", label=centre, **style)
+
+
+def loss_terms(
+    training: Sequence[Mapping[str, float]],
+    validation: Sequence[Mapping[str, float]],
+    weights: Mapping[str, float],
+    floor: float,
+    source: str,
+) -> Figure:
+    """SD-UTNet's terms over the rounds: of training in each, of validation after each (0: before).
+
+    floor: below which the reconstruction cannot fall
+    """
+    figure = new_figure(f"The terms of the loss ({source})", 5.0)
+    grid = figure.subplots(2, 2, sharex=True)
+    after = list(range(len(validation)))
+    during = [round_ + 0.5 for round_ in range(len(training))]
+    for axes, (name, weight) in zip(grid.flat, weights.items(), strict=True):
+        values = [terms[name] for terms in validation]
+        axes.plot(after, values, "s-", color=BLUE, label="validation, after the round")
+        values = [terms[name] for terms in training]
+        axes.plot(during, values, "o--", color=ORANGE, label="training, mean of the round")
+        axes.set(title=f"{name} (weight {weight:g})", xticks=after, ylim=(0, None))
+        if name == "reconstruction":
+            axes.axhline(floor, color=RED, ls=":", label="limit of tanh")
+            axes.legend(loc="lower left", fontsize=9)
+
+    for axes in grid[1]:
+        axes.set_xlabel("round")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("before its weight")
+    return figure
+
+
+def anatomy(image: Any, reconstruction: Any, channels: Any, title: str) -> Figure:
+    """An image and its reconstruction, and the eight channels of anatomy in between.
+
+    image, reconstruction (3, H, W), as the network sees them; channels (8, H, W) in [-1, 1]
+    """
+    figure = new_figure(title, 4.0)
+    grid = figure.subplots(2, 5)
+
+    # One map to [0, 1] for both, so that they compare.
+    low = min(image.min(), reconstruction.min())
+    high = max(image.max(), reconstruction.max())
+    for axes, name, x in zip(
+        grid[:, 0], ("image", "reconstruction"), (image, reconstruction), strict=True
+    ):
+        draw_image(axes, ((x - low) / (high - low)).permute(1, 2, 0))
+        axes.set_title(name)
+
+    for i, axes in enumerate(grid[:, 1:].flat):
+        # Purple and orange differ for colour-blind readers, and 0 is white.
+        shown = axes.imshow(channels[i], cmap="PuOr", vmin=-1, vmax=1, interpolation="nearest")
+        axes.set_title(f"anatomy {i + 1}")
+        axes.set_axis_off()
+    figure.colorbar(shown, ax=grid, ticks=[-1, 0, 1], shrink=0.8)
+    return figure
+
+
+def erased(
+    growth: Any, error: Any, one: Any, channel: Any, probability: Any, number: int, source: str
+) -> Figure:
+    """What erasing each channel does, and one image with the channel that matters most.
+
+    growth, error (8,): of the dice term; one: data.Images with one image; channel, probability
+    (H, W)
+    """
+    figure = new_figure(f"What the segmentor relies on ({source})", 3.2)
+    bars, image, map_, lesion = figure.subplots(1, 4, width_ratios=(2.2, 1, 1, 1))
+    numbers = range(1, len(growth) + 1)
+    bars.bar(numbers, growth, yerr=error, color=BLUE, ecolor=INK, capsize=3)
+    bars.axhline(0, color=INK, lw=1)
+    bars.set(xlabel="channel erased", ylabel="the dice term grows by", xticks=numbers)
+    bars.set_ylim(-0.1, 0.2)
+
+    draw_image(image, one.images[0].permute(1, 2, 0))
+    image.set_title("image, lesion")
+    map_.imshow(channel, cmap="PuOr", vmin=-1, vmax=1, interpolation="nearest")
+    map_.set_title(f"channel {number}")
+    lesion.imshow(probability, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    lesion.set_title("lesion, predicted")
+    for axes in (image, map_, lesion):
+        outline(axes, one.masks[0, 0].numpy(), "white", "solid")
+        axes.set_axis_off()
+    return figure
+
+
+def codes(codes: Mapping[str, Any], source: str) -> Figure:
+    """The mean code of each centre, and each image's code in the plane in which they vary most.
+
+    codes: {centre: (N, 8)}
+    """
+    table = torch.stack([mu.mean(0) for mu in codes.values()])
+    stacked = torch.cat(list(codes.values()))
+    middle = stacked.mean(0)
+    _, spread, directions = torch.linalg.svd(stacked - middle, full_matrices=False)
+    share = spread[:2].square().sum() / spread.square().sum()
+
+    figure = new_figure(f"The codes of the images ({source})", 3.8)
+    left, right = figure.subplots(1, 2)
+    limit = table.abs().max()
+    shown = left.imshow(table, cmap="PuOr", vmin=-limit, vmax=limit)
+    left.set_yticks(range(len(codes)), list(codes))
+    left.set_xticks(range(table.shape[1]), range(1, table.shape[1] + 1))
+    left.set(xlabel="number of the code", title="mean of μ")
+    left.grid(False)
+    figure.colorbar(shown, ax=left, shrink=0.7)
+
+    for n, (centre, mu) in enumerate(codes.items()):
+        x, y = directions[:2] @ (mu - middle).T
+        draw_cloud(right, n, centre, x, y)
+    right.set(xlabel="PC 1", ylabel="PC 2", title=f"μ: {share:.0%} of its variance")
+    right.legend(title="mean of")
+    return figure
+
+
+def named_right(right: Mapping[str, float], largest: float, count: int, source: str) -> Figure:
+    """The share of images whose centre was named right, by what was known of them."""
+    figure = new_figure(f"Which centre is it from? ({source}, {count} images)", 2.8)
+    axes = figure.subplots()
+    error = (0.25 / count) ** 0.5
+    names = list(right)
+    colours = [BLUE, PALE, ORANGE, GREEN]
+    axes.barh(names, list(right.values()), xerr=error, capsize=3, color=colours)
+    axes.axvline(largest, color=RED, ls="--", label="always the largest centre")
+    axes.set(xlim=(0, 1), xlabel="share named right (± standard error)")
+    axes.invert_yaxis()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def swaps(grid: Mapping[tuple[str, str], Any], title: str) -> Figure:
+    """A table of pictures. grid: {(row, column): (H, W, 3)}"""
+    rows = list(dict.fromkeys(row for row, _ in grid))
+    columns = list(dict.fromkeys(column for _, column in grid))
+    figure = new_figure(title, 1.8 * len(rows) + 0.6)
+    cells = figure.subplots(len(rows), len(columns), squeeze=False)
+    for (row, column), picture in grid.items():
+        axes = cells[rows.index(row), columns.index(column)]
+        draw_image(axes, picture)
+        axes.set_title(f"{row}, {column}" if column == "image" else column)
+    return figure
+
+
+def swapped_colours(real: Any, swap: Any, slopes: Mapping[str, float], source: str) -> Figure:
+    """What swapping codes does to each mean colour, over how the real images differ.
+
+    real, swap (pairs, 3), in normalised values; slopes: {colour: slope of the best line}
+    """
+    figure = new_figure(f"Swapping codes, all pairs of clients ({source})", 3.6)
+    row = figure.subplots(1, 3, sharex=True, sharey=True)
+    limit = 1.1 * real.abs().max().item()
+    inks = (RED, GREEN, BLUE)
+    for n, (axes, (name, slope)) in enumerate(zip(row, slopes.items(), strict=True)):
+        axes.plot([-limit, limit], [-limit, limit], "--", color=GREY, label="a full swap")
+        axes.plot([-limit, limit], [-limit * slope, limit * slope], color=inks[n])
+        axes.plot(real[:, n], swap[:, n], "o", color=inks[n])
+        axes.set(title=f"{name}: slope {slope:.2f}", ylim=(-limit, limit))
+    row[0].set_ylabel("change by swapping codes")
+    row[1].set_xlabel("how the real images differ (mean colour, normalised)")
+    row[0].legend(loc="upper left")
+    return figure
 
 
 # ------------------------------------------------------------------------------ 05: the kernels
@@ -258,7 +476,9 @@ def draw_threads(axes: Axes, parameters: int, threads: int, width: int) -> None:
         axes.add_patch(Rectangle((i, 0), 1, 1, facecolor=colour, edgecolor="white"))
         if i % width == 0:
             end = min(i + width, parameters)
-            axes.text((i + end) / 2, 0.45, f"{number % threads}", ha="center", va="center")
+            ink = "white" if colour == BLUE else INK
+            middle = (i + end) / 2
+            axes.text(middle, 0.45, f"{number % threads}", color=ink, ha="center", va="center")
 
     of_block = threads * width
     for start in range(0, parameters, of_block):
