@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ipywidgets
+import numpy as np
 import torch
 from IPython.display import display
 from matplotlib import rcParams
@@ -490,6 +491,133 @@ def draw_threads(axes: Axes, parameters: int, threads: int, width: int) -> None:
 
 
 # -------------------------------------------------------------------------------------- 06: LiTS
+
+
+def window(hu: Any, grey: Any, tumour: Any, title: str) -> Figure:
+    """A slice over the whole range of Hounsfield units, and through a window. All (H, W)"""
+    figure = new_figure(title, 4.3)
+    whole, windowed = figure.subplots(1, 2)
+    whole.imshow(hu, cmap="gray", vmin=-1000, vmax=1500, interpolation="nearest")
+    whole.set_title("-1000 to 1500 HU")
+    whole.set_axis_off()
+    draw_image(windowed, grey)
+    outline(windowed, tumour, "white", "solid")
+    windowed.set_title("window: -200 to 200 HU, tumour outlined")
+    return figure
+
+
+def hounsfield(values: Mapping[str, Any], threshold: float) -> Figure:
+    """Histograms of the Hounsfield units of several tissues, in voxels. values: {name: HU}"""
+    figure = new_figure("How many voxels have which Hounsfield units", 3.2)
+    axes = figure.subplots()
+    bins = np.arange(-200, 260, 10)
+    for (name, hu), colour in zip(values.items(), (PALE, BLUE, ORANGE), strict=True):
+        axes.hist(hu, bins, color=colour, alpha=0.75, label=name)
+    axes.axvline(threshold, color=INK, ls="--", label="halfway")
+    axes.set(xlabel="Hounsfield units", ylabel="voxels")
+    axes.legend()
+    return figure
+
+
+def slices(
+    pixels: Sequence[int], small: Mapping[int, bool], fewest: int, limit: float, title: str
+) -> Figure:
+    """The tumour's pixels in each slice of a volume.
+
+    small: {number of a kept slice: whether it is small}; fewest: pixels that a slice needs more
+    than to be kept; limit: pixels that a small slice has at most
+    """
+    figure = new_figure(title, 3.4)
+    axes = figure.subplots()
+    colours = {None: PALE, False: BLUE, True: RED}
+    names = {None: "dropped", False: "kept", True: "kept, and small"}
+    for kind, colour in colours.items():
+        chosen = [k for k in range(len(pixels)) if small.get(k) == kind]
+        # A bar of no pixels would be invisible on a logarithmic axis.
+        heights = [max(pixels[k], 0.8) for k in chosen]
+        axes.bar(chosen, heights, color=colour, label=names[kind])
+    axes.axhline(fewest, color=INK, ls=":", label=f"{fewest} pixels")
+    axes.axhline(limit, color=INK, ls="--", label="1/1000 of the slice")
+
+    axes.set(yscale="log", xlabel="slice", ylabel="pixels of tumour")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def inverse_areas(areas: Mapping[str, Any], tau: float, title: str) -> Figure:
+    """Every slice by its inverse area, a row for each centre. areas: {centre: (N,)}"""
+    figure = new_figure(title, 3.2)
+    axes = figure.subplots()
+    rng = np.random.default_rng(0)
+    for row, values in enumerate(areas.values()):
+        height = row + rng.uniform(-0.3, 0.3, len(values))
+        colours = np.where(values >= tau, RED, BLUE)
+        axes.scatter(values, height, s=10, color=colours, alpha=0.6, linewidths=0)
+    axes.axvline(tau, color=INK, ls="--")
+    axes.text(tau, len(areas) - 0.45, f" τ = {tau}: small", va="center", color=RED)
+    axes.set(xscale="log", xlabel="inverse area: pixels of the slice / pixels of its tumour")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_yticks(range(len(areas)), list(areas))
+    axes.set_ylim(-0.5, len(areas) - 0.25)
+    return figure
+
+
+def dice_by_round(history: Sequence[Mapping[str, float]], source: str) -> Figure:
+    """Validation Dice: the same weights with two kinds of statistics, and by size of lesion."""
+    figure = new_figure(f"Validation, all clients ({source})", 3.8)
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    rounds = [row["round"] for row in history]
+    lines = {
+        "averaged": (left, ORANGE, "statistics averaged by the server"),
+        "own": (left, BLUE, "each client's own statistics"),
+        "Dice_L, own": (right, BLUE, "Dice_L (not small)"),
+        "Dice_S, own": (right, RED, "Dice_S (small)"),
+    }
+    for column, (axes, colour, label) in lines.items():
+        axes.plot(rounds, [row[column] for row in history], "o-", color=colour, label=label)
+    left.set(title="the same weights, twice", ylabel="mean Dice", ylim=(-0.03, 1))
+    right.set_title("own statistics, by size")
+    for axes in (left, right):
+        axes.set(xlabel="round", xticks=rounds)
+        axes.legend(fontsize=9)
+    return figure
+
+
+def dice_by_size(sizes: Mapping[str, Any], tau: float, source: str) -> Figure:
+    """Dice of every slice over its inverse area, a panel for each network, with running means.
+
+    sizes: {name: (N, at least 2): inverse area, Dice}
+    """
+    figure = new_figure(f"Slices that nobody trained on ({source})", 3.8)
+    row = figure.subplots(1, len(sizes), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, (name, found) in zip(row, sizes.items(), strict=True):
+        area, dice = found[:, 0].numpy(), found[:, 1].numpy()
+        colours = np.where(area >= tau, RED, BLUE)
+        axes.scatter(area, dice, s=14, color=colours, alpha=0.5, linewidths=0)
+
+        # Means of a tenth of the slices each, by size.
+        groups = np.array_split(np.argsort(area), max(min(10, len(area) // 4), 1))
+        x = [np.exp(np.log(area[group]).mean()) for group in groups]
+        axes.plot(x, [dice[group].mean() for group in groups], "-", color=INK, label="mean")
+        axes.axvline(tau, color=INK, ls="--", label=f"τ = {tau}")
+        axes.set(title=name, xscale="log", ylim=(-0.03, 1.03))
+        axes.set_xlabel("inverse area 1/a (small to the right)")
+        axes.xaxis.set_major_formatter("{x:g}")
+    row[0].set_ylabel("Dice")
+    row[0].legend(loc="lower left", fontsize=9)
+    return figure
+
+
+def volume(grey: Any, truth: Any, predicted: Any, numbers: Sequence[int], title: str) -> Figure:
+    """Slices of a volume with two outlines. grey (N, H, W, 1); truth, predicted (H, W, N)"""
+    figure = new_figure(title, 6.2)
+    for i, axes in enumerate(figure.subplots(2, 3).flat):
+        draw_image(axes, grey[i])
+        outline(axes, truth[..., i], "white", "solid")
+        outline(axes, predicted[..., i], SKY, "dashed")
+        axes.set_title(f"slice {numbers[i]}")
+    return figure
 
 
 # ----------------------------------------------------------------------- 07: your own hospitals
