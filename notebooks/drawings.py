@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from support import pictures
 from support.pictures import BLUE, COLOURS, GREEN, GREY, ORANGE, RED, SKY, outline
 
 WIDTH = 9  # inches: as wide as GitHub and JupyterLab show a picture without shrinking it
@@ -621,3 +622,112 @@ def volume(grey: Any, truth: Any, predicted: Any, numbers: Sequence[int], title:
 
 
 # ----------------------------------------------------------------------- 07: your own hospitals
+
+
+def files_as_read(rows: Mapping[str, Sequence[Any]], title: str) -> Figure:
+    """A row for each hospital: an image and its mask as they are stored, and as they are read.
+
+    rows: {hospital: (image, mask, image, mask)}
+    """
+    figure = new_figure(title, 2.0 * len(rows) + 0.8)
+    grid = figure.subplots(len(rows), 4, squeeze=False)
+    headings = ("image, as stored", "mask, as stored", "image, as read", "lesion, as read")
+    for line, (name, pictures_of) in zip(grid, rows.items(), strict=True):
+        for axes, heading, picture in zip(line, headings, pictures_of, strict=True):
+            # Black is 0 and white the largest number of the type, as in a simple viewer.
+            picture = np.asarray(picture)
+            most = 1 if picture.dtype == bool else np.iinfo(picture.dtype).max
+            axes.imshow(picture, cmap="gray", vmin=0, vmax=most, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.grid(False)
+            if line is grid[0]:
+                axes.set_title(heading)
+        line[0].set_ylabel(name)
+    return figure
+
+
+def first_look(seen: Sequence[Any], tau: float, log_base: float, title: str) -> Figure:
+    """What tools.look draws, for a page: sizes by hospital, difficulties, the smallest lesions.
+
+    seen: a tools.look.Seen of each image
+    """
+    with_lesion = [one for one in seen if one.lesions]
+    groups = pictures.by_centre(with_lesion)
+    edges = pictures.bar_edges(with_lesion)
+
+    figure = new_figure(title, 8.4)
+    above, below = figure.subfigures(2, 1, height_ratios=(5.4, 2.8))
+    ratios = [1] * len(groups) + [2]
+    *panels, last = above.subplots(len(groups) + 1, 1, sharex=True, height_ratios=ratios)
+    for axes, (name, group) in zip(panels, groups.items(), strict=True):
+        pictures.draw_sizes(axes, name, group, edges)
+        axes.axvline(tau, color=INK, ls=":")
+    pictures.draw_difficulties(last, with_lesion, edges, tau, log_base)
+
+    row = below.subplots(1, 4)
+    for axes, one in zip(row, pictures.smallest_of(with_lesion, 4), strict=False):
+        pictures.draw_seen(axes, one)
+    for axes in row:
+        axes.set_axis_off()
+    return figure
+
+
+def effects_of_tau(
+    taus: Sequence[float],
+    curves: Sequence[tuple[float, float, float]],
+    suggested: float,
+    published: float,
+    source: str,
+) -> Figure:
+    """Small images, scaled steps and mean η for many τ, each a tools.effects.Effect.
+
+    published: the share of small images in the paper's data set
+    """
+    small, scaled, eta = np.transpose(curves)
+    figure = new_figure(f"What τ would do, training images of {source}", 3.6)
+    shares, scale = figure.subplots(1, 2)
+    shares.plot(taus, small, color=RED, label="small images")
+    shares.plot(taus, scaled, color=BLUE, label="scaled steps")
+    shares.axhline(published, color=GREY, ls="--", lw=1, label="small in PolypGen")
+    shares.set(ylabel="share", ylim=(0, 1))
+    scale.plot(taus, eta, color=GREEN, label="mean η")
+    scale.set(ylabel="mean η of all steps", ylim=(1, None))
+    for axes in (shares, scale):
+        axes.axvline(suggested, color=INK, ls=":", label=f"suggestion: {suggested:g}")
+        axes.set(xscale="log", xlabel="τ")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.legend()
+    return figure
+
+
+def losses(
+    histories: Mapping[str, Sequence[Mapping[str, Any]]], clients: Sequence[str], title: str
+) -> Figure:
+    """The training loss of each client over the rounds, a panel for each method.
+
+    histories: {method: rows of rounds.csv}
+    """
+    figure = new_figure(title, 3.4)
+    row = figure.subplots(1, len(histories), sharey=True, squeeze=False)[0]
+    for axes, (method, history) in zip(row, histories.items(), strict=True):
+        rounds = [line["round"] for line in history]
+        for client, colour in zip(clients, COLOURS, strict=False):
+            values = [line[f"loss_{client}"] for line in history]
+            axes.plot(rounds, values, "o-", color=colour, label=client)
+        axes.set(title=method, xlabel="round", xticks=rounds)
+    row[0].set_ylabel("mean over the round's steps")
+    row[-1].legend()
+    return figure
+
+
+def new_image(stored: Any, overlay: Any, marked: Any, truth: Any, title: str) -> Figure:
+    """A photograph as it is stored, the prediction on it, and the mask with the truth's outline."""
+    figure = new_figure(title, 3.2)
+    row = figure.subplots(1, 3)
+    for axes, picture in zip(row, (stored, overlay, marked), strict=True):
+        draw_image(axes, picture)
+    outline(row[2], truth, ORANGE, "solid")
+    names = ("new.jpg, as it is stored", "new_overlay.png", "new_mask.png, truth in orange")
+    for axes, name in zip(row, names, strict=True):
+        axes.set_title(name)
+    return figure
