@@ -214,7 +214,8 @@ def loss_terms(
         axes.set(title=f"{name} (weight {weight:g})", xticks=after, ylim=(0, None))
         if name == "reconstruction":
             axes.axhline(floor, color=RED, ls=":", label="limit of tanh")
-            axes.legend(loc="lower left", fontsize=9)
+            axes.set_ylim(0, 1.5 * values[0])
+            axes.legend(loc="upper right", fontsize=9)
 
     for axes in grid[1]:
         axes.set_xlabel("round")
@@ -348,6 +349,7 @@ def swapped_colours(real: Any, swap: Any, slopes: Mapping[str, float], source: s
         axes.plot([-limit, limit], [-limit * slope, limit * slope], color=inks[n])
         axes.plot(real[:, n], swap[:, n], "o", color=inks[n])
         axes.set(title=f"{name}: slope {slope:.2f}", ylim=(-limit, limit))
+        axes.locator_params(nbins=5)
     row[0].set_ylabel("change by swapping codes")
     row[1].set_xlabel("how the real images differ (mean colour, normalised)")
     row[0].legend(loc="upper left")
