@@ -250,16 +250,18 @@ def draw_rounds(
 def draw_predictions(
     tests: Sequence[tuple[Any, Evaluation]], title: str, count: int = 5
 ) -> "Figure":
-    """Test images with the outlines of truth and prediction: small lesions above, others below.
+    """Test images with the outlines of truth and prediction: small lesions, others, none.
 
-    tests: each centre's data.Images and their Evaluation. Of either kind up to `count` images,
-    evenly spaced by size of lesion, whatever their scores.
+    tests: each centre's data.Images and their Evaluation. A row of each kind: up to `count` images,
+    evenly spaced by size of lesion, whatever their scores. Those without a lesion are evenly spaced
+    over the centres: what is outlined in them is a false alarm.
     """
     from matplotlib.lines import Line2D
 
     kinds = {
-        "small lesion": spaced_by_size(tests, True, count),
-        "no small lesion": spaced_by_size(tests, False, count),
+        "small lesion": evenly_spaced(by_size(tests, True), count),
+        "no small lesion": evenly_spaced(by_size(tests, False), count),
+        "no lesion": evenly_spaced(without_lesion(tests), count),
     }
     kinds = {kind: chosen for kind, chosen in kinds.items() if chosen}
     rows = max(len(kinds), 1)
@@ -292,17 +294,18 @@ def draw_prediction(axes: "Axes", images: Any, evaluation: Evaluation, i: int) -
     outline(axes, evaluation.predicted[i, 0].numpy(), SKY, "dashed")
 
     where = f"{images.centre}, {images.names[i]}"
-    facts = f"1/a = {images.inverse_area[i]:.0f}, Dice {evaluation.dice[i]:.2f}"
+    size = "no lesion"
+    if images.masks[i].any():
+        size = f"1/a = {images.inverse_area[i]:.0f}"
+    facts = f"{size}, Dice {evaluation.dice[i]:.2f}"
     axes.set_title(f"{where}\n{facts}", fontsize=8)
 
 
-def spaced_by_size(
-    tests: Sequence[tuple[Any, Evaluation]], small: bool, count: int
-) -> list[tuple[Any, Evaluation, int]]:
-    """Up to `count` (images, evaluation, index) of one kind, evenly spaced in their order by size.
+Shown = tuple[Any, Evaluation, int]  # data.Images, their evaluation, and which of them
 
-    Of images with a lesion, ordered by inverse area.
-    """
+
+def by_size(tests: Sequence[tuple[Any, Evaluation]], small: bool) -> list[Shown]:
+    """The images with a lesion that are small, or the others, by inverse area."""
     found = []
     for number, (images, _) in enumerate(tests):
         has_lesion = images.masks.flatten(1).any(dim=1)
@@ -310,15 +313,23 @@ def spaced_by_size(
             if has_lesion[i] and bool(images.small[i]) == small:
                 found.append((inverse_area, number, i))
     found.sort()
+    return [(*tests[number], i) for _, number, i in found]
 
-    # Evenly spaced, since a choice by score, or by eye, would flatter the network.
-    chosen = []
+
+def without_lesion(tests: Sequence[tuple[Any, Evaluation]]) -> list[Shown]:
+    """The images without a lesion, in the order of the tests."""
+    found = []
+    for images, evaluation in tests:
+        pixels = images.masks.flatten(1).sum(dim=1)
+        without = (pixels == 0).nonzero().flatten().tolist()
+        found.extend((images, evaluation, i) for i in without)
+    return found
+
+
+def evenly_spaced(found: Sequence[Shown], count: int) -> list[Shown]:
+    """Up to `count` of them: a choice by score, or by eye, would flatter the network."""
     positions = torch.linspace(0, len(found) - 1, min(count, len(found))).round().int()
-    for position in positions.tolist():
-        _, number, i = found[position]
-        images, evaluation = tests[number]
-        chosen.append((images, evaluation, i))
-    return chosen
+    return [found[position] for position in positions.tolist()]
 
 
 def outline(axes: "Axes", mask: np.ndarray, colour: str, style: str) -> None:

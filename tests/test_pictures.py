@@ -214,35 +214,47 @@ def made_up_test(centre, areas, small):
     return images, metrics.score(predicted, masks.bool(), images.small)
 
 
-def test_predictions_of_small_lesions_above_others(tmp_path):
+def test_predictions_of_small_lesions_above_others_and_none_below(tmp_path):
     tests = [
         made_up_test("C1", [1, 100, 0, 2], [True, False, False, True]),
         made_up_test("C2", [4, 3, 50], [True, True, False]),
     ]
+    tests[0][1].predicted[2, 0, 5] = True  # a false alarm
     figure = pictures.draw_predictions(tests, "a title", count=3)
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == [
-        # 1/a of 64, 85, 128, 256, evenly spaced; the one without a lesion is not shown
+        # 1/a of 64, 85, 128, 256, evenly spaced
         "C2, C2-4\n1/a = 64, Dice 1.00",
         "C1, C1-2\n1/a = 128, Dice 0.00",
         "C1, C1-1\n1/a = 256, Dice 1.00",
         "C1, C1-100\n1/a = 3, Dice 0.00",
         "C2, C2-50\n1/a = 5, Dice 1.00",
         "",
+        "C1, C1-0\nno lesion, Dice 1.00",
+        "",
+        "",
     ]
     rows = [axes.get_ylabel() for axes in figure.axes]
-    assert rows == ["small lesion", "", "", "no small lesion", "", ""]
+    assert rows == ["small lesion", "", "", "no small lesion", "", "", "no lesion", "", ""]
     # An outline of truth on its rim, and one of the prediction where there is one.
     outlines = [len(axes.collections) for axes in figure.axes]
-    assert outlines == [4, 2, 4, 2, 4, 0]
+    assert outlines == [4, 2, 4, 2, 4, 0, 2, 0, 0]
     shown = figure.axes[0].images[0].get_array()
     assert (shown.data == tests[1][0].images[0].permute(1, 2, 0).numpy()).all()
     drawn(figure, tmp_path)
 
 
+def test_predictions_where_no_image_has_a_lesion(tmp_path):
+    """Those that are shown are from all centres, not the first ones."""
+    tests = [made_up_test("C1", [0, 0, 0], [False] * 3), made_up_test("C2", [0], [False])]
+    tests[0][0].names[:] = ["a", "b", "c"]
+    figure = pictures.draw_predictions(tests, "nothing", count=2)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["C1, a\nno lesion, Dice 1.00", "C2, C2-0\nno lesion, Dice 1.00"]
+    drawn(figure, tmp_path)
+
+
 def test_predictions_of_nothing(tmp_path):
-    no_lesion = made_up_test("C1", [0, 0], [False, False])
-    drawn(pictures.draw_predictions([no_lesion], "nothing"), tmp_path)
     drawn(pictures.draw_predictions([], "nothing"), tmp_path)
 
 

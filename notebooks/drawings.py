@@ -1,0 +1,735 @@
+"""The pictures of the notebooks, so that a cell shows an idea and not how it is drawn.
+
+First what all notebooks share, then a section for each, in their order. A function makes a
+matplotlib Figure of its own; a cell shows it with `show`, and says what is seen:
+
+    drawings.show(drawings.sizes(federation), "What a reader sees who cannot see the picture.")
+"""
+
+import base64
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ipywidgets
+import numpy as np
+import torch
+from IPython.display import display
+from matplotlib import rcParams
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from support import pictures
+from support.pictures import BLUE, COLOURS, GREEN, GREY, ORANGE, RED, SKY, outline
+
+WIDTH = 9  # inches: as wide as GitHub and JupyterLab show a picture without shrinking it
+DPI = 100
+
+INK = "#222222"
+PALE = "#bbbbbb"
+
+STYLE = {
+    "font.size": 10.5,
+    "axes.titlesize": 11,
+    "axes.labelsize": 10.5,
+    "legend.fontsize": 10,
+    "figure.titlesize": 12,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+# ---------------------------------------------------------------------------- what all of them use
+
+
+def style() -> None:
+    """The look of all pictures that are made from here on."""
+    rcParams.update(STYLE)
+
+
+def new_figure(title: str, height: float, width: float = WIDTH) -> Figure:
+    """An empty figure, its size in inches, whose layout keeps texts and plots apart."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def show(figure: Figure, alt: str) -> None:
+    """Show a figure in the notebook.
+
+    alt: what is seen, in a sentence or two, for readers who cannot see it.
+    """
+    show_forms({"image/png": encoded(png(figure))}, alt)
+
+
+def show_forms(forms: dict[str, Any], alt: str) -> None:
+    """Show something that exists in several forms; whoever shows it takes the richest it can."""
+    metadata = {"image/png": {"alt": alt}}
+    display({**forms, "text/plain": alt}, raw=True, metadata=metadata)
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a file of PNG, no wider than a page. (The project's own are made for screens.)"""
+    file = io.BytesIO()
+    dpi = min(DPI, DPI * WIDTH / figure.get_figwidth())
+    figure.savefig(file, format="png", dpi=dpi)
+    return file.getvalue()
+
+
+def encoded(content: bytes) -> str:
+    """Bytes as a notebook stores them."""
+    return base64.b64encode(content).decode()
+
+
+def show_with_sliders(draw: Callable[..., Figure], alt: str, **choices: Sequence[Any]) -> None:
+    """Show draw(name=value, …) with a slider for each name; where no kernel runs, as a picture.
+
+    choices: the values of each name, in the slider's order. The picture that is stored is that of
+    the values in the middle.
+    """
+    chosen = {name: values[len(values) // 2] for name, values in choices.items()}
+    picture = png(draw(**chosen))
+    forms = {"image/png": encoded(picture)}
+
+    # A notebook that is stored has the picture alone: sliders without a kernel move nothing.
+    if not os.environ.get("FEDGS_STATIC"):
+        forms.update(make_sliders(draw, picture, choices, chosen)._repr_mimebundle_())
+    show_forms(forms, alt)
+
+
+def make_sliders(
+    draw: Callable[..., Figure], picture: bytes, choices: dict[str, Sequence[Any]], chosen: dict
+) -> ipywidgets.VBox:
+    """A slider for each name, above the picture that they change. chosen: where they stand."""
+    image = ipywidgets.Image(value=picture, format="png")
+    sliders = {}
+    for name, values in choices.items():
+        sliders[name] = ipywidgets.SelectionSlider(
+            options=values, value=chosen[name], description=name, continuous_update=False
+        )
+
+    def redraw(_: Any) -> None:
+        values = {name: slider.value for name, slider in sliders.items()}
+        image.value = png(draw(**values))
+
+    for slider in sliders.values():
+        slider.observe(redraw, names="value")
+    return ipywidgets.VBox([*sliders.values(), image])
+
+
+# --------------------------------------------------------------------------------- 00: one round
+
+
+# ------------------------------------------------------------------ 01: why small lesions vanish
+
+
+# ------------------------------------------------------------------------------- 02: the method
+
+
+# ------------------------------------------------------------------------------ 03: a federation
+
+
+# ----------------------------------------------------------------------------- 04: disentangled
+
+MARKERS = "os^Dv*"
+
+
+def frames(frames: Mapping[str, tuple[Any, int]], title: str) -> Figure:
+    """A frame of each centre with its lesion outlined. frames: {centre: (data.Images, index)}"""
+    figure = new_figure(title, 2.9)
+    row = figure.subplots(1, len(frames), squeeze=False)[0]
+    for axes, (centre, (images, i)) in zip(row, frames.items(), strict=True):
+        draw_image(axes, images.images[i].permute(1, 2, 0))
+        outline(axes, images.masks[i, 0].numpy(), "white", "solid")
+        axes.set_title(f"{centre}, 1/a = {images.inverse_area[i]:.0f}")
+    return figure
+
+
+def draw_image(axes: Axes, picture: Any) -> None:
+    """An image (H, W, 3), or (H, W) in grey, as sharp as it is."""
+    axes.imshow(picture, cmap="gray", interpolation="nearest")
+    axes.set_axis_off()
+
+
+def content_and_style(everyone: Mapping[str, Any], source: str) -> Figure:
+    """Inverse areas, and mean red and blue, of each centre's images. everyone: {centre: Images}"""
+    figure = new_figure(f"Two ways to differ ({source})", 3.8)
+    left, right = figure.subplots(1, 2)
+    for n, (centre, images) in enumerate(everyone.items()):
+        areas = images.inverse_area[images.inverse_area.isfinite()]  # those with a lesion
+        box = left.boxplot(
+            [areas.numpy()],
+            positions=[n],
+            widths=0.6,
+            whis=(5, 95),
+            showfliers=False,
+            patch_artist=True,
+            medianprops={"color": "black"},
+        )
+        box["boxes"][0].set_facecolor(COLOURS[n])
+
+        red, _, blue = (images.images.float() / 255).flatten(2).mean(2).T
+        draw_cloud(right, n, centre, red, blue)
+
+    left.set(yscale="log", ylabel="inverse area 1/a", title="content: sizes of lesions")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.set_xticks(range(len(everyone)), list(everyone))
+    right.set(xlabel="mean red (0 to 1)", ylabel="mean blue (0 to 1)", title="style: colours")
+    right.legend(title="mean of")
+    return figure
+
+
+def draw_cloud(axes: Axes, n: int, centre: str, x: Any, y: Any) -> None:
+    """A point for each image of the n-th centre, and a large one for their mean."""
+    style = {"color": COLOURS[n], "marker": MARKERS[n], "linestyle": "none"}
+    axes.plot(x, y, ms=3, alpha=0.35, **style)
+    axes.plot(x.mean(), y.mean(), ms=11, mec="black", label=centre, **style)
+
+
+def loss_terms(
+    training: Sequence[Mapping[str, float]],
+    validation: Sequence[Mapping[str, float]],
+    weights: Mapping[str, float],
+    floor: float,
+    source: str,
+) -> Figure:
+    """SD-UTNet's terms over the rounds: of training in each, of validation after each (0: before).
+
+    floor: below which the reconstruction cannot fall
+    """
+    figure = new_figure(f"The terms of the loss ({source})", 5.0)
+    grid = figure.subplots(2, 2, sharex=True)
+    after = list(range(len(validation)))
+    during = [round_ + 0.5 for round_ in range(len(training))]
+    for axes, (name, weight) in zip(grid.flat, weights.items(), strict=True):
+        values = [terms[name] for terms in validation]
+        axes.plot(after, values, "s-", color=BLUE, label="validation, after the round")
+        values = [terms[name] for terms in training]
+        axes.plot(during, values, "o--", color=ORANGE, label="training, mean of the round")
+        axes.set(title=f"{name} (weight {weight:g})", xticks=after, ylim=(0, None))
+        if name == "reconstruction":
+            axes.axhline(floor, color=RED, ls=":", label="limit of tanh")
+            axes.set_ylim(0, 1.5 * values[0])
+            axes.legend(loc="upper right", fontsize=9)
+
+    for axes in grid[1]:
+        axes.set_xlabel("round")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("before its weight")
+    return figure
+
+
+def anatomy(image: Any, reconstruction: Any, channels: Any, title: str) -> Figure:
+    """An image and its reconstruction, and the eight channels of anatomy in between.
+
+    image, reconstruction (3, H, W), as the network sees them; channels (8, H, W) in [-1, 1]
+    """
+    figure = new_figure(title, 4.0)
+    grid = figure.subplots(2, 5)
+
+    # One map to [0, 1] for both, so that they compare.
+    low = min(image.min(), reconstruction.min())
+    high = max(image.max(), reconstruction.max())
+    for axes, name, x in zip(
+        grid[:, 0], ("image", "reconstruction"), (image, reconstruction), strict=True
+    ):
+        draw_image(axes, ((x - low) / (high - low)).permute(1, 2, 0))
+        axes.set_title(name)
+
+    for i, axes in enumerate(grid[:, 1:].flat):
+        # Purple and orange differ for colour-blind readers, and 0 is white.
+        shown = axes.imshow(channels[i], cmap="PuOr", vmin=-1, vmax=1, interpolation="nearest")
+        axes.set_title(f"anatomy {i + 1}")
+        axes.set_axis_off()
+    figure.colorbar(shown, ax=grid, ticks=[-1, 0, 1], shrink=0.8)
+    return figure
+
+
+def erased(
+    growth: Any, error: Any, one: Any, channel: Any, probability: Any, number: int, source: str
+) -> Figure:
+    """What erasing each channel does, and one image with the channel that matters most.
+
+    growth, error (8,): of the dice term; one: data.Images with one image; channel, probability
+    (H, W)
+    """
+    figure = new_figure(f"What the segmentor relies on ({source})", 3.2)
+    bars, image, map_, lesion = figure.subplots(1, 4, width_ratios=(2.2, 1, 1, 1))
+    numbers = range(1, len(growth) + 1)
+    bars.bar(numbers, growth, yerr=error, color=BLUE, ecolor=INK, capsize=3)
+    bars.axhline(0, color=INK, lw=1)
+    bars.set(xlabel="channel erased", ylabel="the dice term grows by", xticks=numbers)
+    bars.set_ylim(-0.1, 0.2)
+
+    draw_image(image, one.images[0].permute(1, 2, 0))
+    image.set_title("image, lesion")
+    map_.imshow(channel, cmap="PuOr", vmin=-1, vmax=1, interpolation="nearest")
+    map_.set_title(f"channel {number}")
+    lesion.imshow(probability, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    lesion.set_title("lesion, predicted")
+    for axes in (image, map_, lesion):
+        outline(axes, one.masks[0, 0].numpy(), "white", "solid")
+        axes.set_axis_off()
+    return figure
+
+
+def codes(codes: Mapping[str, Any], source: str) -> Figure:
+    """The mean code of each centre, and each image's code in the plane in which they vary most.
+
+    codes: {centre: (N, 8)}
+    """
+    table = torch.stack([mu.mean(0) for mu in codes.values()])
+    stacked = torch.cat(list(codes.values()))
+    middle = stacked.mean(0)
+    _, spread, directions = torch.linalg.svd(stacked - middle, full_matrices=False)
+    share = spread[:2].square().sum() / spread.square().sum()
+
+    figure = new_figure(f"The codes of the images ({source})", 3.8)
+    left, right = figure.subplots(1, 2)
+    limit = table.abs().max()
+    shown = left.imshow(table, cmap="PuOr", vmin=-limit, vmax=limit)
+    left.set_yticks(range(len(codes)), list(codes))
+    left.set_xticks(range(table.shape[1]), range(1, table.shape[1] + 1))
+    left.set(xlabel="number of the code", title="mean of μ")
+    left.grid(False)
+    figure.colorbar(shown, ax=left, shrink=0.7)
+
+    for n, (centre, mu) in enumerate(codes.items()):
+        x, y = directions[:2] @ (mu - middle).T
+        draw_cloud(right, n, centre, x, y)
+    right.set(xlabel="PC 1", ylabel="PC 2", title=f"μ: {share:.0%} of its variance")
+    right.legend(title="mean of")
+    return figure
+
+
+def named_right(right: Mapping[str, float], largest: float, count: int, source: str) -> Figure:
+    """The share of images whose centre was named right, by what was known of them."""
+    figure = new_figure(f"Which centre is it from? ({source}, {count} images)", 2.8)
+    axes = figure.subplots()
+    error = (0.25 / count) ** 0.5
+    names = list(right)
+    colours = [BLUE, PALE, ORANGE, GREEN]
+    axes.barh(names, list(right.values()), xerr=error, capsize=3, color=colours)
+    axes.axvline(largest, color=RED, ls="--", label="always the largest centre")
+    axes.set(xlim=(0, 1), xlabel="share named right (± standard error)")
+    axes.invert_yaxis()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def swaps(grid: Mapping[tuple[str, str], Any], title: str) -> Figure:
+    """A table of pictures. grid: {(row, column): (H, W, 3)}"""
+    rows = list(dict.fromkeys(row for row, _ in grid))
+    columns = list(dict.fromkeys(column for _, column in grid))
+    figure = new_figure(title, 1.8 * len(rows) + 0.6)
+    cells = figure.subplots(len(rows), len(columns), squeeze=False)
+    for (row, column), picture in grid.items():
+        axes = cells[rows.index(row), columns.index(column)]
+        draw_image(axes, picture)
+        axes.set_title(f"{row}, {column}" if column == "image" else column)
+    return figure
+
+
+def swapped_colours(real: Any, swap: Any, slopes: Mapping[str, float], source: str) -> Figure:
+    """What swapping codes does to each mean colour, over how the real images differ.
+
+    real, swap (pairs, 3), in normalised values; slopes: {colour: slope of the best line}
+    """
+    figure = new_figure(f"Swapping codes, all pairs of clients ({source})", 3.6)
+    row = figure.subplots(1, 3, sharex=True, sharey=True)
+    limit = 1.1 * real.abs().max().item()
+    inks = (RED, GREEN, BLUE)
+    for n, (axes, (name, slope)) in enumerate(zip(row, slopes.items(), strict=True)):
+        axes.plot([-limit, limit], [-limit, limit], "--", color=GREY, label="a full swap")
+        axes.plot([-limit, limit], [-limit * slope, limit * slope], color=inks[n])
+        axes.plot(real[:, n], swap[:, n], "o", color=inks[n])
+        axes.set(title=f"{name}: slope {slope:.2f}", ylim=(-limit, limit))
+        axes.locator_params(nbins=5)
+    row[0].set_ylabel("change by swapping codes")
+    row[1].set_xlabel("how the real images differ (mean colour, normalised)")
+    row[0].legend(loc="upper left")
+    return figure
+
+
+# ------------------------------------------------------------------------------ 05: the kernels
+
+PATH_COLOURS = {
+    "PyTorch lines, fresh memory": RED,
+    "PyTorch lines": ORANGE,
+    "compiled": BLUE,
+}
+
+
+def bytes_of_passes(passes: Sequence[Any], one_pass: int) -> Figure:
+    """The bytes that each pass reads and writes, all of them together, and those of one pass.
+
+    passes: (operation, read, written), in bytes a parameter
+    """
+    names = [f"{number}  {one.operation}" for number, one in enumerate(passes, start=1)]
+    read = [one.read for one in passes]
+    written = [one.written for one in passes]
+
+    figure = new_figure("adamw_accumulate_: bytes moved for each parameter", 4.3)
+    axes = figure.subplots()
+    axes.barh(names, read, color=BLUE, label="read")
+    axes.barh(names, written, left=read, color=ORANGE, label="written")
+    total = sum(read) + sum(written)
+    axes.barh(["all passes"], [total], color=INK)
+    axes.barh(["one pass"], [one_pass], color=GREEN)
+
+    for row, count in enumerate([r + w for r, w in zip(read, written, strict=True)]):
+        axes.text(count + 1, row, f"{count:.0f}", va="center")
+    axes.text(total + 1, len(passes), f"{total:.0f}", va="center")
+    axes.text(one_pass + 1, len(passes) + 1, f"{one_pass}", va="center")
+
+    axes.set(xlabel="bytes", xlim=(0, 1.08 * total))
+    axes.invert_yaxis()
+    axes.legend(loc="upper right")
+    return figure
+
+
+def step_times(
+    sizes: Sequence[int],
+    step_ms: Mapping[str, Sequence[float]],
+    bytes_each: Mapping[str, float],
+    bandwidth: float,
+) -> Figure:
+    """The step's time a parameter, by size, beside what its bytes take.
+
+    step_ms: {path: milliseconds of each size}; bytes_each: {path: bytes a parameter}; bandwidth in
+    GB/s
+    """
+    figure = new_figure("adamw_accumulate_ on this machine's CPU", 4.0)
+    axes = figure.subplots()
+    millions = [size / 1e6 for size in sizes]
+    for name, times in step_ms.items():
+        nanoseconds = [ms / million for ms, million in zip(times, millions, strict=True)]
+        axes.plot(millions, nanoseconds, "o-", color=PATH_COLOURS[name], label=name)
+
+    for name, count in bytes_each.items():
+        if name in step_ms:
+            label = f"{count:.0f} bytes at {bandwidth:.0f} GB/s"
+            axes.axhline(count / bandwidth, ls=":", color=PATH_COLOURS[name], label=label)
+
+    axes.set(xlabel="parameters (millions)", ylabel="time a parameter (ns)", xscale="log")
+    axes.set_xticks(millions, [f"{million:.3g}" for million in millions])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def roofline(
+    bandwidth: float, peak: float, points: Mapping[tuple[str, str], tuple[float, float]]
+) -> Figure:
+    """What limits a program, and where the operations are, an arrow from path to path.
+
+    bandwidth in GB/s, peak in billions of operations a second; points: {(operation, path):
+    (operations a byte, billions of operations a second)}
+    """
+    figure = new_figure("Roofline of this machine's CPU", 4.6)
+    axes = figure.subplots()
+    corner = peak / bandwidth
+    x = [0.05, corner, 10 * corner]
+    axes.loglog(x, [0.05 * bandwidth, peak, peak], color=INK, lw=2)
+    axes.text(2 * corner, 1.1 * peak, "limit: arithmetic", ha="left")
+    axes.text(0.3 * corner, 0.24 * peak, "limit: memory", ha="left", va="top")
+
+    markers = {"adamw_accumulate_": "o", "aggregate": "s"}
+    for (operation, path), (intensity, speed) in points.items():
+        label = f"{operation}, {path}"
+        axes.plot(
+            intensity, speed, markers[operation], ms=9, color=PATH_COLOURS[path], label=label, ls=""
+        )
+    for operation in markers:
+        ends = [point for (name, _), point in points.items() if name == operation]
+        arrow = {"arrowstyle": "->", "color": GREY, "shrinkA": 6, "shrinkB": 6}
+        axes.annotate("", ends[-1], ends[0], arrowprops=arrow)
+
+    axes.set(xlabel="operations a byte", ylabel="billions of operations a second")
+    axes.legend(loc="lower right")
+    return figure
+
+
+def threads(parameters: int, threads: int, width: int) -> Figure:
+    """Which thread takes which parameter: one each above, `width` neighbours each below.
+
+    threads: of a block. (A GPU's blocks have many more; so few can be drawn.)
+    """
+    figure = new_figure(f"{parameters} parameters, {threads} threads a block", 3.2)
+    naive, in_use = figure.subplots(2, 1)
+    draw_threads(naive, parameters, threads, 1)
+    naive.set_title("the naive kernel: a thread for each parameter")
+    draw_threads(in_use, parameters, threads, width)
+    in_use.set_title(f"in use: {width} neighbours a thread; what is left over goes singly (orange)")
+    return figure
+
+
+def draw_threads(axes: Axes, parameters: int, threads: int, width: int) -> None:
+    """A row of parameters in the colours of their threads, and the blocks below them."""
+    for i in range(parameters):
+        number = i // width
+        colour = (SKY, BLUE)[number % 2]
+        if (number + 1) * width > parameters:  # not enough are left for a whole access
+            colour = ORANGE
+        axes.add_patch(Rectangle((i, 0), 1, 1, facecolor=colour, edgecolor="white"))
+        if i % width == 0:
+            end = min(i + width, parameters)
+            ink = "white" if colour == BLUE else INK
+            middle = (i + end) / 2
+            axes.text(middle, 0.45, f"{number % threads}", color=ink, ha="center", va="center")
+
+    of_block = threads * width
+    for start in range(0, parameters, of_block):
+        end = min(start + of_block, parameters)
+        axes.annotate("", (start, -0.3), (end, -0.3), arrowprops={"arrowstyle": "<->"})
+        axes.text((start + end) / 2, -1.0, f"block {start // of_block}", ha="center", fontsize=9)
+    axes.set(xlim=(-0.2, parameters + 0.2), ylim=(-1.2, 1.1))
+    axes.set_axis_off()
+
+
+# -------------------------------------------------------------------------------------- 06: LiTS
+
+
+def window(hu: Any, grey: Any, tumour: Any, title: str) -> Figure:
+    """A slice over the whole range of Hounsfield units, and through a window. All (H, W)"""
+    figure = new_figure(title, 4.3)
+    whole, windowed = figure.subplots(1, 2)
+    whole.imshow(hu, cmap="gray", vmin=-1000, vmax=1500, interpolation="nearest")
+    whole.set_title("-1000 to 1500 HU")
+    whole.set_axis_off()
+    draw_image(windowed, grey)
+    outline(windowed, tumour, "white", "solid")
+    windowed.set_title("window: -200 to 200 HU, tumour outlined")
+    return figure
+
+
+def hounsfield(values: Mapping[str, Any], threshold: float) -> Figure:
+    """Histograms of the Hounsfield units of several tissues, in voxels. values: {name: HU}"""
+    figure = new_figure("How many voxels have which Hounsfield units", 3.2)
+    axes = figure.subplots()
+    bins = np.arange(-200, 260, 10)
+    for (name, hu), colour in zip(values.items(), (PALE, BLUE, ORANGE), strict=True):
+        axes.hist(hu, bins, color=colour, alpha=0.75, label=name)
+    axes.axvline(threshold, color=INK, ls="--", label="halfway")
+    axes.set(xlabel="Hounsfield units", ylabel="voxels")
+    axes.legend()
+    return figure
+
+
+def slices(
+    pixels: Sequence[int], small: Mapping[int, bool], fewest: int, limit: float, title: str
+) -> Figure:
+    """The tumour's pixels in each slice of a volume.
+
+    small: {number of a kept slice: whether it is small}; fewest: pixels that a slice needs more
+    than to be kept; limit: pixels that a small slice has at most
+    """
+    figure = new_figure(title, 3.4)
+    axes = figure.subplots()
+    colours = {None: PALE, False: BLUE, True: RED}
+    names = {None: "dropped", False: "kept", True: "kept, and small"}
+    for kind, colour in colours.items():
+        chosen = [k for k in range(len(pixels)) if small.get(k) == kind]
+        # A bar of no pixels would be invisible on a logarithmic axis.
+        heights = [max(pixels[k], 0.8) for k in chosen]
+        axes.bar(chosen, heights, color=colour, label=names[kind])
+    axes.axhline(fewest, color=INK, ls=":", label=f"{fewest} pixels")
+    axes.axhline(limit, color=INK, ls="--", label="1/1000 of the slice")
+
+    axes.set(yscale="log", xlabel="slice", ylabel="pixels of tumour")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def inverse_areas(areas: Mapping[str, Any], tau: float, title: str) -> Figure:
+    """Every slice by its inverse area, a row for each centre. areas: {centre: (N,)}"""
+    figure = new_figure(title, 3.2)
+    axes = figure.subplots()
+    rng = np.random.default_rng(0)
+    for row, values in enumerate(areas.values()):
+        height = row + rng.uniform(-0.3, 0.3, len(values))
+        colours = np.where(values >= tau, RED, BLUE)
+        axes.scatter(values, height, s=10, color=colours, alpha=0.6, linewidths=0)
+    axes.axvline(tau, color=INK, ls="--")
+    axes.text(tau, len(areas) - 0.45, f" τ = {tau}: small", va="center", color=RED)
+    axes.set(xscale="log", xlabel="inverse area: pixels of the slice / pixels of its tumour")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_yticks(range(len(areas)), list(areas))
+    axes.set_ylim(-0.5, len(areas) - 0.25)
+    return figure
+
+
+def dice_by_round(history: Sequence[Mapping[str, float]], source: str) -> Figure:
+    """Validation Dice: the same weights with two kinds of statistics, and by size of lesion."""
+    figure = new_figure(f"Validation, all clients ({source})", 3.8)
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    rounds = [row["round"] for row in history]
+    lines = {
+        "averaged": (left, ORANGE, "statistics averaged by the server"),
+        "own": (left, BLUE, "each client's own statistics"),
+        "Dice_L, own": (right, BLUE, "Dice_L (not small)"),
+        "Dice_S, own": (right, RED, "Dice_S (small)"),
+    }
+    for column, (axes, colour, label) in lines.items():
+        axes.plot(rounds, [row[column] for row in history], "o-", color=colour, label=label)
+    left.set(title="the same weights, twice", ylabel="mean Dice", ylim=(-0.03, 1))
+    right.set_title("own statistics, by size")
+    for axes in (left, right):
+        axes.set(xlabel="round", xticks=rounds)
+        axes.legend(fontsize=9)
+    return figure
+
+
+def dice_by_size(sizes: Mapping[str, Any], tau: float, source: str) -> Figure:
+    """Dice of every slice over its inverse area, a panel for each network, with running means.
+
+    sizes: {name: (N, at least 2): inverse area, Dice}
+    """
+    figure = new_figure(f"Slices that nobody trained on ({source})", 3.8)
+    row = figure.subplots(1, len(sizes), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, (name, found) in zip(row, sizes.items(), strict=True):
+        area, dice = found[:, 0].numpy(), found[:, 1].numpy()
+        colours = np.where(area >= tau, RED, BLUE)
+        axes.scatter(area, dice, s=14, color=colours, alpha=0.5, linewidths=0)
+
+        # Means of a tenth of the slices each, by size.
+        groups = np.array_split(np.argsort(area), max(min(10, len(area) // 4), 1))
+        x = [np.exp(np.log(area[group]).mean()) for group in groups]
+        axes.plot(x, [dice[group].mean() for group in groups], "-", color=INK, label="mean")
+        axes.axvline(tau, color=INK, ls="--", label=f"τ = {tau}")
+        axes.set(title=name, xscale="log", ylim=(-0.03, 1.03))
+        axes.set_xlabel("inverse area 1/a (small to the right)")
+        axes.xaxis.set_major_formatter("{x:g}")
+    row[0].set_ylabel("Dice")
+    row[0].legend(loc="lower left", fontsize=9)
+    return figure
+
+
+def volume(grey: Any, truth: Any, predicted: Any, numbers: Sequence[int], title: str) -> Figure:
+    """Slices of a volume with two outlines. grey (N, H, W, 1); truth, predicted (H, W, N)"""
+    figure = new_figure(title, 6.2)
+    for i, axes in enumerate(figure.subplots(2, 3).flat):
+        draw_image(axes, grey[i])
+        outline(axes, truth[..., i], "white", "solid")
+        outline(axes, predicted[..., i], SKY, "dashed")
+        axes.set_title(f"slice {numbers[i]}")
+    return figure
+
+
+# ----------------------------------------------------------------------- 07: your own hospitals
+
+
+def files_as_read(rows: Mapping[str, Sequence[Any]], title: str) -> Figure:
+    """A row for each hospital: an image and its mask as they are stored, and as they are read.
+
+    rows: {hospital: (image, mask, image, mask)}
+    """
+    figure = new_figure(title, 2.0 * len(rows) + 0.8)
+    grid = figure.subplots(len(rows), 4, squeeze=False)
+    headings = ("image, as stored", "mask, as stored", "image, as read", "lesion, as read")
+    for line, (name, pictures_of) in zip(grid, rows.items(), strict=True):
+        for axes, heading, picture in zip(line, headings, pictures_of, strict=True):
+            # Black is 0 and white the largest number of the type, as in a simple viewer.
+            picture = np.asarray(picture)
+            most = 1 if picture.dtype == bool else np.iinfo(picture.dtype).max
+            axes.imshow(picture, cmap="gray", vmin=0, vmax=most, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.grid(False)
+            if line is grid[0]:
+                axes.set_title(heading)
+        line[0].set_ylabel(name)
+    return figure
+
+
+def first_look(seen: Sequence[Any], tau: float, log_base: float, title: str) -> Figure:
+    """What tools.look draws, for a page: sizes by hospital, difficulties, the smallest lesions.
+
+    seen: a tools.look.Seen of each image
+    """
+    with_lesion = [one for one in seen if one.lesions]
+    groups = pictures.by_centre(with_lesion)
+    edges = pictures.bar_edges(with_lesion)
+
+    figure = new_figure(title, 8.4)
+    above, below = figure.subfigures(2, 1, height_ratios=(5.4, 2.8))
+    ratios = [1] * len(groups) + [2]
+    *panels, last = above.subplots(len(groups) + 1, 1, sharex=True, height_ratios=ratios)
+    for axes, (name, group) in zip(panels, groups.items(), strict=True):
+        pictures.draw_sizes(axes, name, group, edges)
+        axes.axvline(tau, color=INK, ls=":")
+    pictures.draw_difficulties(last, with_lesion, edges, tau, log_base)
+
+    row = below.subplots(1, 4)
+    for axes, one in zip(row, pictures.smallest_of(with_lesion, 4), strict=False):
+        pictures.draw_seen(axes, one)
+    for axes in row:
+        axes.set_axis_off()
+    return figure
+
+
+def effects_of_tau(
+    taus: Sequence[float],
+    curves: Sequence[tuple[float, float, float]],
+    suggested: float,
+    published: float,
+    source: str,
+) -> Figure:
+    """Small images, scaled steps and mean η for many τ, each a tools.effects.Effect.
+
+    published: the share of small images in the paper's data set
+    """
+    small, scaled, eta = np.transpose(curves)
+    figure = new_figure(f"What τ would do, training images of {source}", 3.6)
+    shares, scale = figure.subplots(1, 2)
+    shares.plot(taus, small, color=RED, label="small images")
+    shares.plot(taus, scaled, color=BLUE, label="scaled steps")
+    shares.axhline(published, color=GREY, ls="--", lw=1, label="small in PolypGen")
+    shares.set(ylabel="share", ylim=(0, 1))
+    scale.plot(taus, eta, color=GREEN, label="mean η")
+    scale.set(ylabel="mean η of all steps", ylim=(1, None))
+    for axes in (shares, scale):
+        axes.axvline(suggested, color=INK, ls=":", label=f"suggestion: {suggested:g}")
+        axes.set(xscale="log", xlabel="τ")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.legend()
+    return figure
+
+
+def losses(
+    histories: Mapping[str, Sequence[Mapping[str, Any]]], clients: Sequence[str], title: str
+) -> Figure:
+    """The training loss of each client over the rounds, a panel for each method.
+
+    histories: {method: rows of rounds.csv}
+    """
+    figure = new_figure(title, 3.4)
+    row = figure.subplots(1, len(histories), sharey=True, squeeze=False)[0]
+    for axes, (method, history) in zip(row, histories.items(), strict=True):
+        rounds = [line["round"] for line in history]
+        for client, colour in zip(clients, COLOURS, strict=False):
+            values = [line[f"loss_{client}"] for line in history]
+            axes.plot(rounds, values, "o-", color=colour, label=client)
+        axes.set(title=method, xlabel="round", xticks=rounds)
+    row[0].set_ylabel("mean over the round's steps")
+    row[-1].legend()
+    return figure
+
+
+def new_image(stored: Any, overlay: Any, marked: Any, truth: Any, title: str) -> Figure:
+    """A photograph as it is stored, the prediction on it, and the mask with the truth's outline."""
+    figure = new_figure(title, 3.2)
+    row = figure.subplots(1, 3)
+    for axes, picture in zip(row, (stored, overlay, marked), strict=True):
+        draw_image(axes, picture)
+    outline(row[2], truth, ORANGE, "solid")
+    names = ("new.jpg, as it is stored", "new_overlay.png", "new_mask.png, truth in orange")
+    for axes, name in zip(row, names, strict=True):
+        axes.set_title(name)
+    return figure
