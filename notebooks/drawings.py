@@ -8,20 +8,31 @@ matplotlib Figure of its own; a cell shows it with `show`, and says what is seen
 
 import base64
 import io
+import operator
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ipywidgets
+import numpy as np
 from IPython.display import display
 from matplotlib import rcParams
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Ellipse, FancyBboxPatch, Rectangle
+from matplotlib.ticker import FuncFormatter
+from torch import Tensor
+
+import data
+from support.pictures import BLUE, COLOURS, GREEN, GREY, ORANGE, RED, SKY
 
 WIDTH = 9  # inches: as wide as GitHub and JupyterLab show a picture without shrinking it
 DPI = 100
 
 INK = "#222222"
 PALE = "#bbbbbb"
+
+PLAIN = FuncFormatter("{:g}".format)  # 100, where a logarithmic axis would say 10²
 
 STYLE = {
     "font.size": 10.5,
@@ -118,7 +129,262 @@ def make_sliders(
 # --------------------------------------------------------------------------------- 00: one round
 
 
+ROUND = (  # what an arrow or a box of the drawing says, and where
+    (0.50, 0.83, "4  aggregate", r"$\theta \leftarrow \theta - (w_1 \Delta_1 + w_2 \Delta_2)$"),
+    (0.16, 0.155, "2  train on its own images", r"$\theta_1 \leftarrow \theta_1 - s$,  many times"),
+    (0.84, 0.155, "2  train on its own images", r"$\theta_2 \leftarrow \theta_2 - s$,  many times"),
+)
+
+
+def federation_round() -> Figure:
+    """One round with two hospitals: what crosses a hospital's door, and what does not."""
+    figure = new_figure("", 4.6)
+    axes = figure.subplots()
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.set_axis_off()
+
+    draw_box(axes, (0.33, 0.70), (0.34, 0.27), "server", GREEN)
+    draw_box(axes, (0.01, 0.04), (0.30, 0.42), "hospital 1", RED)
+    draw_box(axes, (0.69, 0.04), (0.30, 0.42), "hospital 2", BLUE)
+    for x, y, step, formula in ROUND:
+        axes.text(x, y + 0.035, step, ha="center", weight="bold")
+        axes.text(x, y - 0.045, formula, ha="center", size=12)
+    axes.text(0.5, 0.715, "never sees an image", ha="center", va="bottom", color=GREY, size=10)
+
+    # The frames stay inside. Those of hospital 2 hold smaller lesions.
+    draw_frames(axes, 0.05, radii=(0.024, 0.028, 0.021, 0.026), colour=RED)
+    draw_frames(axes, 0.73, radii=(0.026, 0.007, 0.006, 0.008), colour=BLUE)
+
+    # Out and back, for each hospital.
+    send(axes, (0.36, 0.68), (0.17, 0.48), INK, r"1  send $\theta$", (0.20, 0.61), "right")
+    send(axes, (0.24, 0.48), (0.43, 0.68), RED, r"3  report $\Delta_1$", (0.37, 0.56), "left")
+    send(axes, (0.64, 0.68), (0.83, 0.48), INK, r"1  send $\theta$", (0.80, 0.61), "left")
+    send(axes, (0.76, 0.48), (0.57, 0.68), BLUE, r"3  report $\Delta_2$", (0.63, 0.56), "right")
+    return figure
+
+
+def draw_box(
+    axes: Axes, corner: tuple[float, float], size: tuple[float, float], name: str, colour: str
+) -> None:
+    """A rounded box with a name in its upper left corner."""
+    x, y = corner
+    width, height = size
+    box = FancyBboxPatch(
+        corner,
+        width,
+        height,
+        boxstyle="round,pad=0,rounding_size=0.02",
+        fc="white",
+        ec=colour,
+        lw=2,
+    )
+    axes.add_patch(box)
+    axes.text(x + 0.015, y + height - 0.02, name, color=colour, weight="bold", va="top", size=12)
+
+
+def draw_frames(axes: Axes, left: float, radii: Sequence[float], colour: str) -> None:
+    """Four frames in a row, each with a round lesion."""
+    for i, radius in enumerate(radii):
+        x = left + 0.057 * i
+        axes.add_patch(Rectangle((x, 0.265), 0.05, 0.105, fc="#f0eee8", ec=PALE))
+        middle = (x + 0.025, 0.318)
+        axes.add_patch(Ellipse(middle, 1.4 * radius, 2.8 * radius, fc=colour, alpha=0.75))
+
+
+def send(
+    axes: Axes,
+    start: tuple[float, float],
+    end: tuple[float, float],
+    colour: str,
+    text: str,
+    where: tuple[float, float],
+    side: str,
+) -> None:
+    """An arrow, and beside it what is sent. side: where its text is aligned"""
+    style = {"arrowstyle": "-|>", "color": colour, "lw": 2, "mutation_scale": 18}
+    axes.annotate("", end, start, arrowprops=style)
+    axes.text(*where, text, color=colour, ha=side, va="center", size=12)
+
+
+def two_of_each(federation: data.Federation) -> Figure:
+    """For each client the training images of median size, and the smallest, with their outlines."""
+    names = list(federation.train)
+    figure = new_figure(f"{federation.source}: two training images of each hospital", 2.75)
+    for axes, (name, which) in zip(
+        figure.subplots(1, 2 * len(names)),
+        [(name, which) for name in names for which in ("median", "smallest")],
+        strict=True,
+    ):
+        images = federation.train[name]
+        order = by_size(images)
+        i = order[len(order) // 2] if which == "median" else order[-1]
+        draw_image(axes, images, i)
+        axes.set_title(f"{name}, {which} lesion\n1/{images.inverse_area[i]:.0f} of the image")
+    return figure
+
+
+def by_size(images: data.Images) -> list[int]:
+    """The images with a lesion, from the largest lesion to the smallest."""
+    order = images.inverse_area.argsort(stable=True).tolist()
+    return [i for i in order if images.inverse_area[i].isfinite()]
+
+
+def draw_image(axes: Axes, images: data.Images, i: int) -> None:
+    """An image with the outline of its mask in white."""
+    axes.imshow(images.images[i].permute(1, 2, 0), interpolation="nearest")
+    axes.contour(images.masks[i, 0], [0.5], colors="white", linewidths=1.5)
+    axes.set_axis_off()
+
+
+def learning(federation: data.Federation, predictions: dict[int, dict[str, Tensor]]) -> Figure:
+    """How the prediction for one validation image of each client changes from round to round.
+
+    predictions: {round: {client: (S, S) bool, of its validation image with the largest lesion}}
+    """
+    figure = new_figure(f"{federation.source}: white the mask, dashed the prediction", 3.9)
+    names = list(federation.validation)
+    grid = figure.subplots(len(names), len(predictions), squeeze=False)
+    for row, name in zip(grid, names, strict=True):
+        images = federation.validation[name]
+        shown = by_size(images)[0]
+        for axes, (round_, predicted) in zip(row, predictions.items(), strict=True):
+            draw_image(axes, images, shown)
+            if 0 < predicted[name].float().mean() < 1:
+                axes.contour(predicted[name], [0.5], colors=SKY, linewidths=2, linestyles="--")
+            axes.set_title(f"{name}, round {round_}")
+    return figure
+
+
 # ------------------------------------------------------------------ 01: why small lesions vanish
+
+
+def first_sight(images: data.Images, i: int, source: str) -> Figure:
+    """An image, its mask, and the mask's outline on the image."""
+    figure = new_figure(f"{source}: a frame of {images.centre}, its mask, and both", 3.3)
+    frame, mask, both = figure.subplots(1, 3)
+    frame.imshow(images.images[i].permute(1, 2, 0), interpolation="nearest")
+    mask.imshow(images.masks[i, 0], cmap="Greys_r", interpolation="nearest")
+    draw_image(both, images, i)
+    for axes in (frame, mask):
+        axes.set_axis_off()
+    return figure
+
+
+def sizes(
+    inverse_area: dict[str, np.ndarray], small: dict[str, np.ndarray], tau: float, source: str
+) -> Figure:
+    """How large the lesions of each centre are, and how many of its images count as small."""
+    figure = new_figure(source, 3.9)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    for (centre, areas), colour in zip(inverse_area.items(), COLOURS, strict=False):
+        areas = np.sort(areas[np.isfinite(areas)])
+        share = np.arange(1, len(areas) + 1) / len(areas)
+        label = f"{centre}, {len(areas)} images"
+        left.step(areas, share, where="post", color=colour, label=label)
+    left.axvline(tau, color="0.3", ls="--", lw=1)
+    left.text(1.1 * tau, 0.03, f"1/a = τ = {tau}", color="0.3")
+    left.set(
+        xscale="log",
+        xlabel="inverse area 1/a (smaller lesions to the right)",
+        ylabel="share of images with at most 1/a",
+        title="lesion sizes of each centre",
+    )
+    left.xaxis.set_major_formatter(PLAIN)
+    left.legend()
+
+    percent = [100 * flags.mean() for flags in small.values()]
+    counts = [f"{flags.sum()}/{len(flags)}" for flags in small.values()]
+    bars = right.bar(list(small), percent, color=COLOURS[: len(small)])
+    right.bar_label(bars, counts)
+    right.margins(y=0.12)
+    right.set(ylabel="% of all images", title=f"smallest polyp at most 1/{tau}")
+    return figure
+
+
+def median_images(parts: dict[str, list[data.Images]], source: str) -> Figure:
+    """Of each centre the median image among its small ones, and among the others."""
+    figure = new_figure(f"{source}: medians by size, white the mask", 4.5)
+    grid = figure.subplots(2, len(parts), squeeze=False)
+    for column, pieces in zip(grid.T, parts.values(), strict=True):
+        for axes, want_small in zip(column, (True, False), strict=True):
+            images, i = median_image(pieces, want_small)
+            draw_image(axes, images, i)
+            kind = "small" if want_small else "not small"
+            axes.set_title(f"{images.centre}, {kind}\n1/a = {images.inverse_area[i]:.0f}")
+    return figure
+
+
+def median_image(pieces: Sequence[data.Images], want_small: bool) -> tuple[data.Images, int]:
+    """The image in the middle of a centre's order by size, among small images or the others."""
+    found = []
+    for piece in pieces:
+        for i in by_size(piece):
+            if bool(piece.small[i]) == want_small:
+                found.append((piece.inverse_area[i].item(), piece, i))
+    found.sort(key=operator.itemgetter(0))
+    _, piece, i = found[len(found) // 2]
+    return piece, i
+
+
+def pulls(batch: data.Images, gradient: Tensor, area: Tensor, pull: Tensor, title: str) -> Figure:
+    """A batch above, and below what the loss asks of each pixel.
+
+    gradient (N, S, S); area, pull (N,): each lesion's share of the batch's
+    """
+    figure = new_figure(title, 5.4)
+    above, below = figure.subplots(2, len(batch))
+    limit = gradient.abs().max()
+    for n in range(len(batch)):
+        draw_image(above[n], batch, n)
+        above[n].set_title(f"1/a = {batch.inverse_area[n]:.0f}\n{area[n]:.1%} of the lesion pixels")
+        drawn = below[n].imshow(
+            gradient[n], cmap="PuOr", vmin=-limit, vmax=limit, interpolation="nearest"
+        )
+        below[n].contour(batch.masks[n, 0], [0.5], colors="black", linewidths=1)
+        below[n].set_title(f"{pull[n]:.1%} of the pull")
+        below[n].set_axis_off()
+    figure.colorbar(
+        drawn, ax=below, location="bottom", aspect=50, shrink=0.6, label="∂L/∂z¹ of a pixel"
+    )
+    return figure
+
+
+def shares_by_size(rows: np.ndarray, names: Sequence[str], title: str) -> Figure:
+    """Shares of each lesion against its inverse area, with a line of best fit.
+
+    rows (N, 2 + C): inverse area, whether the image is small, and C shares, called by names
+    """
+    figure = new_figure(title, 3.8)
+    panels = figure.subplots(1, len(names), sharex=True, sharey=True)
+    ends = np.array([rows[:, 0].min(), rows[:, 0].max()])
+    for column, (axes, name) in enumerate(zip(panels, names, strict=True), start=2):
+        for flag, colour, label in ((0, BLUE, "not small"), (1, ORANGE, "small")):
+            some = rows[rows[:, 1] == flag]
+            axes.loglog(some[:, 0], some[:, column], ".", color=colour, label=label)
+        slope, start = best_fit(rows, column)
+        axes.plot(ends, np.exp(start) * ends**slope, color=RED, label=f"slope {slope:.2f}")
+        axes.axhline(0.25, color="0.3", ls="--", lw=1)
+        axes.set(title=name, xlabel="inverse area 1/a", ylim=(3e-4, 1.3))
+        axes.xaxis.set_major_formatter(PLAIN)
+        axes.legend(loc="lower left")
+    panels[0].set_ylabel("share of the batch of four")
+    return figure
+
+
+def best_fit(rows: np.ndarray, column: int) -> np.ndarray:
+    """The line through log(share) against log(inverse area). -> slope, value at inverse area 1"""
+    rows = rows[rows[:, column] > 0]
+    return np.polyfit(np.log(rows[:, 0]), np.log(rows[:, column]), 1)
+
+
+def batches_with_small(chance: dict[str, float], counts: dict[str, str], title: str) -> Figure:
+    """How many batches of each client hold a small lesion. chance: in percent"""
+    figure = new_figure(title, 3.2, width=6.5)
+    axes = figure.subplots()
+    bars = axes.bar(list(chance), list(chance.values()), color=COLOURS[: len(chance)])
+    axes.bar_label(bars, list(counts.values()))
+    axes.set(ylabel="batches with a small lesion, %", ylim=(0, 100))
+    return figure
 
 
 # ------------------------------------------------------------------------------- 02: the method
