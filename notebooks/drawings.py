@@ -8,6 +8,7 @@ matplotlib Figure of its own; a cell shows it with `show`, and says what is seen
 
 import base64
 import io
+import math
 import operator
 import os
 from collections.abc import Callable, Sequence
@@ -15,9 +16,11 @@ from typing import Any
 
 import ipywidgets
 import numpy as np
+import torch
 from IPython.display import display
 from matplotlib import rcParams
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse, FancyBboxPatch, Rectangle
 from matplotlib.ticker import FuncFormatter
@@ -31,6 +34,7 @@ DPI = 100
 
 INK = "#222222"
 PALE = "#bbbbbb"
+TISSUE = "#f0eee8"
 
 PLAIN = FuncFormatter("{:g}".format)  # 100, where a logarithmic axis would say 10²
 
@@ -186,7 +190,7 @@ def draw_frames(axes: Axes, left: float, radii: Sequence[float], colour: str) ->
     """Four frames in a row, each with a round lesion."""
     for i, radius in enumerate(radii):
         x = left + 0.057 * i
-        axes.add_patch(Rectangle((x, 0.265), 0.05, 0.105, fc="#f0eee8", ec=PALE))
+        axes.add_patch(Rectangle((x, 0.265), 0.05, 0.105, fc=TISSUE, ec=PALE))
         middle = (x + 0.025, 0.318)
         axes.add_patch(Ellipse(middle, 1.4 * radius, 2.8 * radius, fc=colour, alpha=0.75))
 
@@ -318,9 +322,8 @@ def median_image(pieces: Sequence[data.Images], want_small: bool) -> tuple[data.
     """The image in the middle of a centre's order by size, among small images or the others."""
     found = []
     for piece in pieces:
-        for i in by_size(piece):
-            if bool(piece.small[i]) == want_small:
-                found.append((piece.inverse_area[i].item(), piece, i))
+        chosen = [i for i in by_size(piece) if bool(piece.small[i]) == want_small]
+        found += [(piece.inverse_area[i].item(), piece, i) for i in chosen]
     found.sort(key=operator.itemgetter(0))
     _, piece, i = found[len(found) // 2]
     return piece, i
@@ -388,6 +391,176 @@ def batches_with_small(chance: dict[str, float], counts: dict[str, str], title: 
 
 
 # ------------------------------------------------------------------------------- 02: the method
+
+
+SIDE = 128  # pixels along the side of a drawn mask
+
+
+def blob(pixels: int) -> Tensor:
+    """A mask with one lesion of so many pixels. -> (1, SIDE, SIDE) bool"""
+    row, column = np.mgrid[:SIDE, :SIDE] - 0.5 * SIDE
+    distance = torch.from_numpy(np.hypot(row - 0.3, 0.8 * column - 0.4)).flatten()
+    nearest = distance.argsort(stable=True)[:pixels]
+    mask = torch.zeros(SIDE * SIDE, dtype=torch.bool)
+    mask[nearest] = True
+    return mask.view(1, SIDE, SIDE)
+
+
+def draw_mask(axes: Axes, mask: Tensor, colour: str = INK) -> None:
+    """A mask, its lesion in a colour."""
+    shades = torch.tensor([to_rgb(TISSUE), to_rgb(colour)])
+    axes.imshow(shades[mask.int()], interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set(visible=True, edgecolor=PALE)
+
+
+def difficulty_in_steps(
+    lesions: Sequence[Tensor], stages: dict[str, Callable], tau: float
+) -> Figure:
+    """Lesions above, and below them what each stage of the difficulty makes of their size.
+
+    stages: name -> a function of 1/a, the whole way from 1/a to there
+    """
+    figure = new_figure("", 5.2)
+    above, below = figure.subfigures(2, 1, height_ratios=(1.15, 2))
+    inverse = torch.tensor([SIDE * SIDE / lesion.sum().item() for lesion in lesions])
+    for axes, mask, area in zip(above.subplots(1, len(lesions)), lesions, inverse, strict=True):
+        draw_mask(axes, mask[0], RED if area >= tau else INK)
+        axes.set_title(f"1/a = {area:.0f}")
+    above.suptitle(f"six lesions; red: small, at most 1/{tau} of the image")
+
+    x = torch.logspace(math.log10(2), 3.3, 400)
+    for axes, (name, stage) in zip(below.subplots(1, len(stages)), stages.items(), strict=True):
+        low, high = x[x < tau], x[x >= tau]
+        for part in (low, high):  # two lines, so that a jump at tau is a jump
+            axes.plot(part, stage(part), color=BLUE, lw=2)
+        axes.scatter(inverse, stage(inverse), color=[RED if a >= tau else INK for a in inverse])
+        axes.set(xscale="log", xlabel="1/a", title=name)
+        axes.xaxis.set_major_formatter(PLAIN)
+    return figure
+
+
+def difficulties_of(
+    inverse_area: np.ndarray, small: np.ndarray, difficulty: np.ndarray, tau: float, source: str
+) -> Figure:
+    """The difficulties of a data set's images by size, and how many there are of each size."""
+    figure = new_figure(source, 4.6)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    for flag, colour, label in ((False, SKY, "not small"), (True, RED, "small")):
+        some = small == flag
+        label = f"{label}, {some.sum()} images"
+        above.plot(inverse_area[some], difficulty[some], ".", color=colour, ms=9, label=label)
+    above.set(ylabel="difficulty δ", ylim=(-0.05, 1.05))
+    above.legend(loc="upper left")
+
+    edges = np.geomspace(0.99 * inverse_area.min(), 1.01 * inverse_area.max(), 31)
+    groups = [inverse_area[~small], inverse_area[small]]
+    below.hist(groups, edges, stacked=True, color=[SKY, RED])
+    below.set(xscale="log", xlabel="1/a of all polyps of an image together", ylabel="images")
+    below.xaxis.set_major_formatter(PLAIN)
+    for axes in (above, below):
+        axes.axvline(tau, color="0.3", ls="--", lw=1)
+    below.text(1.05 * tau, 0.9 * below.get_ylim()[1], f"τ = {tau}", color="0.3", va="top")
+    return figure
+
+
+def batch_of(
+    lesions: Sequence[Tensor], difficulty: Tensor, small: Tensor, eta: float, setting: str
+) -> Figure:
+    """The lesions of a batch with their difficulties; its step scale is in the title."""
+    figure = new_figure(f"{setting}:  η = {eta:.2f}", 2.6)
+    for n, axes in enumerate(figure.subplots(1, 8)):
+        if n >= len(lesions):
+            axes.set_axis_off()
+            continue
+        draw_mask(axes, lesions[n][0], RED if small[n] else INK)
+        area = SIDE * SIDE / lesions[n].sum().item()
+        axes.set_title(f"1/a = {area:.0f}\nδ = {difficulty[n]:.2f}", color=RED if small[n] else INK)
+    return figure
+
+
+def four_masks(
+    batch: Tensor, area: Tensor, small: Tensor, difficulty: Tensor, eta: float
+) -> Figure:
+    """The batch that is computed by hand."""
+    figure = new_figure(f"four masks: η = {eta:.4f}", 3.3)
+    for i, (axes, name) in enumerate(zip(figure.subplots(1, 4), "ABCD", strict=True)):
+        draw_mask(axes, batch[i, 0], RED if small[i] else INK)
+        kind = "small" if small[i] else "not small"
+        axes.set_title(f"{name}: {area[i]} pixels\n{kind}, δ = {difficulty[i]:.3f}")
+    return figure
+
+
+def two_clients(
+    paths: Sequence[Tensor], updates: Sequence[Tensor], weights: Sequence[float], title: str
+) -> Figure:
+    """One round in the plane of two weights: where clients walk, what they report, and the server.
+
+    paths (T + 1, 2) each, from theta on
+    """
+    figure = new_figure(title, 4.2)
+    axes = figure.subplots()
+    theta = paths[0][0]
+    reports = [theta - update for update in updates]
+    axes.plot(*torch.stack(reports).T, color="0.7", lw=1)
+    for number, (path, report, colour) in enumerate(
+        zip(paths, reports, (RED, BLUE), strict=True), start=1
+    ):
+        name = f"client {number}"
+        axes.plot(*path.T, ".-", color=colour, label=f"{name}: its own weights")
+        axes.plot(*torch.stack([theta, report]).T, "--", color=colour, lw=1)
+        axes.plot(*report, "s", color=colour, ms=9, label=f"{name}: what it reports, θ − Δ")
+
+    own = sum(w * path[-1] for w, path in zip(weights, paths, strict=True))
+    new = sum(w * report for w, report in zip(weights, reports, strict=True))
+    axes.plot(*own, "D", color="0.4", ms=9, label="mean of their own weights")
+    axes.plot(*new, "*", color=GREEN, ms=16, label="new θ of FedGS")
+    axes.set(xlabel="first weight", ylabel="second weight", aspect="equal")
+    axes.set(xlim=(-0.3, 1.9), ylim=(-0.1, 0.95))
+    axes.legend(loc="upper right", fontsize=9.5)
+    return figure
+
+
+def server_paths(paths: dict[str, list[float]]) -> Figure:
+    """The one weight of a toy server over the rounds."""
+    figure = new_figure("every round the only client reports Δ = −1", 3.4, width=6.5)
+    axes = figure.subplots()
+    for (label, path), colour in zip(paths.items(), (GREY, BLUE, ORANGE, RED), strict=True):
+        axes.plot(path, ".-", color=colour, label=label)
+    axes.set(xlabel="round", ylabel="weight")
+    axes.legend()
+    return figure
+
+
+def apart(distances: dict[str, float], title: str) -> Figure:
+    """How far other methods' new weights are from FedGS's, in percent of its step."""
+    figure = new_figure(title, 2.2)
+    axes = figure.subplots()
+    bars = axes.barh(list(distances), list(distances.values()), color=[ORANGE, BLUE])
+    axes.bar_label(bars, [f"{x:.1f} %" for x in distances.values()], padding=3)
+    axes.set(
+        xlabel="distance to FedGS's new weights, % of its step",
+        xlim=(0, 1.2 * max(distances.values())),
+    )
+    axes.invert_yaxis()
+    return figure
+
+
+def index_table(table: Tensor, changed: Tensor) -> Figure:
+    """UTNet's table of constants, and which of them an average in floating point has changed."""
+    figure = new_figure("", 3.9)
+    left, right = figure.subplots(1, 2)
+    shown = left.imshow(table, cmap="viridis", interpolation="nearest")
+    figure.colorbar(shown, ax=left, label="which number of the learned table")
+    left.set_title("UTNet's index table")
+    right.imshow(changed, cmap="Greys", interpolation="nearest")
+    right.set_title(f"black: the {changed.sum()} entries that changed")
+    for axes in (left, right):
+        axes.set(xlabel="cell that is looked at", ylabel="cell that looks")
+        axes.grid(False)
+    return figure
 
 
 # ------------------------------------------------------------------------------ 03: a federation
