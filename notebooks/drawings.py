@@ -27,7 +27,7 @@ from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
 import data
-from support.pictures import BLUE, COLOURS, GREEN, GREY, ORANGE, RED, SKY
+from support.pictures import BLUE, COLOURS, GREEN, GREY, ORANGE, PURPLE, RED, SKY
 
 WIDTH = 9  # inches: as wide as GitHub and JupyterLab show a picture without shrinking it
 DPI = 100
@@ -564,6 +564,116 @@ def index_table(table: Tensor, changed: Tensor) -> Figure:
 
 
 # ------------------------------------------------------------------------------ 03: a federation
+
+
+def cosines(values: Tensor, names: Sequence[str], title: str) -> Figure:
+    """A table of cosines between updates, in colours. values (K, K)"""
+    figure = new_figure(title, 3.6, width=5)
+    axes = figure.subplots()
+    shown = axes.imshow(values, vmin=0, vmax=1, cmap="Blues")
+    places = range(len(names))
+    for i in places:
+        for j in places:
+            value = values[i, j].item()
+            colour = "white" if value > 0.6 else "black"
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour)
+    axes.set_xticks(places, names)
+    axes.set_yticks(places, names)
+    axes.grid(False)
+    figure.colorbar(shown)
+    return figure
+
+
+def curves(history: Sequence[dict], title: str) -> Figure:
+    """A run over its rounds: each client's loss, validation Dice by size, the step scale."""
+    figure = new_figure(title, 3.6)
+    losses, dice, scale = figure.subplots(1, 3)
+    rounds = [row["round"] for row in history]
+    names = [column for column in history[0] if column.startswith("loss_")]
+    for column, colour in zip(names, COLOURS, strict=False):
+        label = column.removeprefix("loss_")
+        losses.plot(rounds, [row[column] for row in history], "o-", color=colour, label=label)
+    for column, label, colour in (("dice_l", "Dice_L", BLUE), ("dice_s", "Dice_S", RED)):
+        dice.plot(rounds, [row[column] for row in history], "o-", color=colour, label=label)
+    scale.plot(rounds, [row["eta"] for row in history], "o-", color=GREEN)
+
+    losses.set(title="training loss of each client", ylim=(0, 1))
+    dice.set(title="validation Dice", ylim=(0, 1))
+    scale.set(title="mean step scale η", ylim=(1, None))
+    for axes in (losses, dice, scale):
+        axes.set(xlabel="round", xticks=rounds)
+    losses.legend()
+    dice.legend()
+    return figure
+
+
+METHOD_COLOURS = {"FedAvg": BLUE, "control": GREEN, "FedGS": RED, "FedProx": PURPLE, "FedBN": GREY}
+
+
+def methods_over_rounds(histories: dict[str, Sequence[dict]], title: str) -> Figure:
+    """Validation Dice of several runs over their rounds."""
+    figure = new_figure(title, 3.4)
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, measure in zip(panels, ("Dice_S", "Dice_L", "Dice"), strict=True):
+        for name, history in histories.items():
+            rounds = [row["round"] for row in history]
+            dice = [row[measure.lower()] for row in history]
+            axes.plot(rounds, dice, "o-", color=METHOD_COLOURS[name], label=name)
+        axes.set(title=f"validation {measure}", xlabel="round", xticks=rounds, ylim=(0, 0.6))
+    panels[2].legend()
+    return figure
+
+
+def two_statistics(dice: dict[tuple[str, str], tuple[float, float]], title: str) -> Figure:
+    """The same weights with averaged statistics, and with each centre's own.
+
+    dice: {(method, centre): (averaged, own)}
+    """
+    centres = list(dict.fromkeys(centre for _, centre in dice))
+    figure = new_figure(title, 3.6)
+    top = 1.15 * max(max(pair) for pair in dice.values())
+    for axes, centre in zip(figure.subplots(1, len(centres), sharey=True), centres, strict=True):
+        for (method, where), pair in dice.items():
+            if where == centre:
+                axes.plot([0, 1], pair, "o-", color=METHOD_COLOURS[method], label=method)
+        axes.set_xticks([0, 1], ["averaged", "own"])
+        axes.set(title=centre, xlim=(-0.4, 1.4), ylim=(0, top))
+    axes.legend(fontsize=9)
+    figure.supylabel("mean Dice")
+    return figure
+
+
+def seed_table(values: dict[str, np.ndarray], title: str) -> Figure:
+    """A point for each seed and method. values: {method: (seeds,)}"""
+    figure = new_figure(title, 3.2)
+    axes = figure.subplots()
+    for row, (name, dice) in enumerate(values.items()):
+        axes.plot(dice, [row] * len(dice), "o", color=METHOD_COLOURS[name], alpha=0.6)
+        axes.plot(dice.mean(), row, "|", color=INK, ms=22, mew=2)
+        for seed, value in enumerate(dice):
+            axes.annotate(
+                str(seed), (value, row), (0, 6), textcoords="offset points", ha="center", size=9
+            )
+    axes.set_yticks(range(len(values)), list(values))
+    axes.set(xlabel="mean Dice (numbers: seeds, bars: means)", ylim=(len(values) - 0.4, -0.6))
+    return figure
+
+
+def intervals(found: dict[str, tuple[float, float, float]], title: str) -> Figure:
+    """Differences with their intervals; in red those that do not cover 0.
+
+    found: {what: (mean, low, high)}
+    """
+    figure = new_figure(title, 0.42 * len(found) + 1.3)
+    axes = figure.subplots()
+    for row, (mean, low, high) in enumerate(found.values()):
+        colour = INK if low <= 0 <= high else RED
+        axes.plot([low, high], [row, row], color=colour, lw=2)
+        axes.plot(mean, row, "o", color=colour)
+    axes.axvline(0, color="0.3", lw=1)
+    axes.set_yticks(range(len(found)), list(found))
+    axes.set(xlabel="difference in Dice", ylim=(len(found) - 0.5, -0.5))
+    return figure
 
 
 # ----------------------------------------------------------------------------- 04: disentangled
