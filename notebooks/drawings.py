@@ -297,11 +297,10 @@ def sizes(
     left.legend()
 
     percent = [100 * flags.mean() for flags in small.values()]
-    counts = [f"{flags.sum()}/{len(flags)}" for flags in small.values()]
     bars = right.bar(list(small), percent, color=COLOURS[: len(small)])
-    right.bar_label(bars, counts)
+    right.bar_label(bars, [f"{flags.sum()}" for flags in small.values()])
     right.margins(y=0.12)
-    right.set(ylabel="% of all images", title=f"smallest polyp at most 1/{tau}")
+    right.set(ylabel="% of all images", title="small images (on the bars: how many)")
     return figure
 
 
@@ -369,6 +368,7 @@ def shares_by_size(rows: np.ndarray, names: Sequence[str], title: str) -> Figure
         axes.axhline(0.25, color="0.3", ls="--", lw=1)
         axes.set(title=name, xlabel="inverse area 1/a", ylim=(3e-4, 1.3))
         axes.xaxis.set_major_formatter(PLAIN)
+        axes.yaxis.set_major_formatter(PLAIN)
         axes.legend(loc="lower left")
     panels[0].set_ylabel("share of the batch of four")
     return figure
@@ -434,8 +434,10 @@ def difficulty_in_steps(
     x = torch.logspace(math.log10(2), 3.3, 400)
     for axes, (name, stage) in zip(below.subplots(1, len(stages)), stages.items(), strict=True):
         low, high = x[x < tau], x[x >= tau]
-        for part in (low, high):  # two lines, so that a jump at tau is a jump
+        for part in (low, high):
             axes.plot(part, stage(part), color=BLUE, lw=2)
+        ends = torch.stack([stage(low[-1]), stage(high[0])])  # far apart where there is a jump
+        axes.plot([tau, tau], ends, ":", color=BLUE)
         axes.scatter(inverse, stage(inverse), color=[RED if a >= tau else INK for a in inverse])
         axes.set(xscale="log", xlabel="1/a", title=name)
         axes.xaxis.set_major_formatter(PLAIN)
@@ -471,7 +473,7 @@ def batch_of(
 ) -> Figure:
     """The lesions of a batch with their difficulties; its step scale is in the title."""
     figure = new_figure(f"{setting}:  η = {eta:.2f}", 2.6)
-    for n, axes in enumerate(figure.subplots(1, 8)):
+    for n, axes in enumerate(figure.subplots(1, max(4, len(lesions)))):
         if n >= len(lesions):
             axes.set_axis_off()
             continue
@@ -519,7 +521,7 @@ def two_clients(
     axes.plot(*new, "*", color=GREEN, ms=16, label="new θ of FedGS")
     axes.set(xlabel="first weight", ylabel="second weight", aspect="equal")
     axes.set(xlim=(-0.3, 1.9), ylim=(-0.1, 0.95))
-    axes.legend(loc="upper right", fontsize=9.5)
+    axes.legend(loc="lower right", fontsize=9.5)
     return figure
 
 
