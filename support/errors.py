@@ -1,6 +1,7 @@
 """The one error class for people, and how a program ends with one line instead of a traceback."""
 
 import contextlib
+import io
 import sys
 from collections.abc import Iterator
 
@@ -21,6 +22,9 @@ def readable_errors(program: str, interrupted: str = "") -> Iterator[None]:
     interrupted says what to do next. Errors of other kinds are faults of this program, and keep
     their traceback.
     """
+    # What a terminal cannot show, as a name in other bytes than its own, is no reason to end.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except Terminated:
@@ -50,5 +54,13 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def end(program: str, message: str, code: int) -> None:
     """One line on stderr, and the exit code."""
-    print(f"{program}: {message}", file=sys.stderr)
+    print(f"{program}: {printable(message)}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def printable(text: str) -> str:
+    """Text in one line, in which nothing is invisible or commands a terminal.
+
+    The names of files may hold line breaks, escape sequences, and bytes that are no text.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
