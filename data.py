@@ -29,8 +29,9 @@ import hashlib
 import itertools
 import math
 import operator
+import os
 import zlib
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
@@ -48,9 +49,9 @@ from tqdm import tqdm
 
 from support import files, manifest, standin, volumes
 from support.errors import UserError
-from support.masks import count_values, describe_reading, is_lesion, lesion_values
+from support.masks import check_bright, count_values, describe_reading, is_lesion, lesion_values
 from support.options import shown
-from support.pixels import open_image, open_mask
+from support.pixels import ORIENTATION, mask_values, open_file, open_image
 
 # LiTS's clients are made by the numbers of its volumes.
 LITS_VOLUMES = {
@@ -97,6 +98,7 @@ class Listing(NamedTuple):
     records: list[Record]
     folders: set[Path]  # where the files lie: they are drawn ones where one of these says so
     masks: Mapping[str, str]  # {centre: how its masks are read}, where that was found out
+    remarks: Mapping[str, list[str]]  # {centre: what its user should know of single files}
 
 
 class Reading(NamedTuple):
@@ -129,6 +131,9 @@ class Images:
     inverse_area: Tensor  # (N,) float64, image pixels / lesion pixels; inf for an empty mask
     small: Tensor  # (N,) bool
     spacing: Tensor  # (N, 2) float64, from row to row and column to column: mm, or 1 if unknown
+    turned: Sequence[
+        Path
+    ] = ()  # files that EXIF turns, and not their masks; or the other way round
 
     def __len__(self) -> int:
         return len(self.names)
@@ -170,6 +175,7 @@ class Facts(NamedTuple):
     fingerprint: str  # a hash of every name, image, mask and size flag, split by split
     masks: str = ""  # how the masks are read, where that was found out
     filled: bool = False  # whether lesions fill more than half of most images
+    remarks: str = ""  # on single files, by name: this stays in the centre
 
 
 @dataclass
@@ -219,6 +225,8 @@ class Federation:
         for centre, facts in self.facts.items():
             if facts.filled:
                 notes.append(f"lesions fill most images of {centre}: are its masks inverted?")
+            if facts.remarks:
+                notes.append(facts.remarks)
         return notes
 
     @property
@@ -343,7 +351,8 @@ def load(
     for centre in wanted:
         of_centre = [record for record in found.records if record.centre == centre]
         masks = found.masks.get(centre, "")
-        add_centre(federation, of_centre, reading, split, fold, masks)
+        remarks = found.remarks.get(centre, [])
+        add_centre(federation, of_centre, reading, split, fold, masks, remarks)
     return federation
 
 
@@ -354,8 +363,12 @@ def add_centre(
     split: str,
     fold: int,
     masks: str,
+    remarks: Sequence[str],
 ) -> None:
-    """Split one centre's images, decode them, and add them and their facts to a federation."""
+    """Split one centre's images, decode them, and add them and their facts to a federation.
+
+    Raises UserError for files that cannot be used, and a centre without any lesion.
+    """
     # The held-out centre only tests.
     centre = records[0].centre
     held_out = centre == federation.out_centre
@@ -373,6 +386,7 @@ def add_centre(
         federation.in_test[centre] = test
 
     decoded = [train, validation, test]
+    check_lesions(decoded, records)
     lost = sum(count_as_empty(images) for images in decoded)
     filled = sum(int((images.inverse_area < 2).sum()) for images in decoded)
     flagged = sum(record.small is not None for record in records) if federation.flags else 0
@@ -385,7 +399,29 @@ def add_centre(
         fingerprint=hash_of(decoded),
         masks=masks,
         filled=filled > len(records) / 2,
+        remarks="; ".join([*remarks, *remarks_on_turned(centre, decoded)]),
     )
+
+
+def check_lesions(parts: Sequence[Images], records: Sequence[Record]) -> None:
+    """Raise UserError where all masks of a centre are empty."""
+    if not any(images.inverse_area.isfinite().any() for images in parts):
+        first = records[0]
+        raise UserError(
+            f"the masks of centre {first.centre} are all empty, as {first.mask}: leave it out with "
+            "--centres"
+        )
+
+
+def remarks_on_turned(centre: str, parts: Sequence[Images]) -> list[str]:
+    """Whether EXIF turns images of a centre, and not their masks: one of them may be wrong."""
+    turned = [path for images in parts for path in images.turned]
+    if not turned:
+        return []
+    return [
+        f"{len(turned)} images of {centre} are turned by EXIF otherwise than their masks, as "
+        f"{turned[0].name}: look whether they match"
+    ]
 
 
 def draw_stand_in(dataset: str, centres: Sequence[str], size: int, cache: str) -> Path:
@@ -438,6 +474,7 @@ def list_polypgen(
     are used where they lie beside the data and tau is theirs. Raises UserError naming what is
     missing.
     """
+    check_metadata(root)
     records = []
     for centre in centres:
         pairs = [pair for pair in list_pairs(root, centre) if pair[0] not in skip]
@@ -451,7 +488,7 @@ def list_polypgen(
         # They were made with one threshold, and say nothing of another.
         flags = {}
         if tau == POLYPGEN_TAU:
-            flags = read_size_flags(root, centre)
+            flags = read_size_flags(root, centre, {image.name for image, _ in pairs})
 
         for name, (image, mask) in zip(names, pairs, strict=True):
             small = flags.get(image.name)
@@ -461,7 +498,7 @@ def list_polypgen(
     folders = {(root / f"data_{centre}").resolve().parent for centre in centres}
     folders.add(root)
     rule = "size flags by rule"
-    return Listing("PolypGen", kind, rule, "published size flags", records, folders, {})
+    return Listing("PolypGen", kind, rule, "published size flags", records, folders, {}, {})
 
 
 def list_pairs(root: Path, centre: str) -> list[tuple[Path, Path]]:
@@ -475,6 +512,7 @@ def list_pairs(root: Path, centre: str) -> list[tuple[Path, Path]]:
             "(leave it out with --centres)"
         )
 
+    masks = {mask.name: mask for mask in image_files(mask_folder)}
     pairs = []
     of_name = {}
     for image in images:
@@ -484,31 +522,67 @@ def list_pairs(root: Path, centre: str) -> list[tuple[Path, Path]]:
         of_name[image.stem] = image
 
         mask = mask_folder / f"{image.stem}_mask{image.suffix}"
-        if not mask.exists():
+        if mask.name not in masks:
             raise UserError(f"{image} has no mask: {mask} is missing")
-        pairs.append((image, mask))
+        pairs.append((image, masks.pop(mask.name)))
 
     # A mask that no image has asked for is most likely a misspelt name.
-    masks = {mask for _, mask in pairs}
-    for mask in image_files(mask_folder):
-        if mask not in masks:
-            raise UserError(
-                f"{mask} has no image: the mask of NAME{mask.suffix} in {image_folder} is "
-                f"NAME_mask{mask.suffix}"
-            )
+    for mask in masks.values():
+        raise UserError(
+            f"{mask} has no image: the mask of NAME{mask.suffix} in {image_folder} is "
+            f"NAME_mask{mask.suffix}"
+        )
     return pairs
 
 
+READ = (".jpg", ".jpeg", ".png")  # in either case
+NOT_READ = (".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".tif", ".tiff", ".webp")
+
+
 def image_files(folder: Path) -> list[Path]:
-    """The images in a folder, sorted by name."""
-    found = [*folder.glob("*.jpg"), *folder.glob("*.png")]
+    """The images in a folder, sorted by name. Raises UserError for those of other formats."""
+    found = []
+    for path in folder.glob("*"):
+        suffix = path.suffix.lower()
+        # Beside others that are read, these would be left out without a word. What begins with a
+        # dot was written by an operating system.
+        if suffix in NOT_READ:
+            raise UserError(f"{path} is not read: PolypGen's images are {', '.join(READ)}")
+        if suffix in READ and not path.name.startswith("."):
+            check_name(path)
+            found.append(path)
     return sorted(found, key=operator.attrgetter("name"))
 
 
-def read_size_flags(root: Path, centre: str) -> dict[str, bool]:
-    """A centre's published size flags, {image file name: small}; empty where there are none."""
-    path = root / "metadata" / f"my_dataDetails_{centre}.csv"
-    if not path.exists():
+def check_name(path: Path) -> None:
+    """Raise UserError for a name that tables cannot hold: bytes that are no text, line breaks."""
+    if not path.name.isprintable():
+        raise UserError(f"{path}: this name holds what is no text: give the file another one")
+
+
+def check_metadata(root: Path) -> None:
+    """Raise UserError for a table whose name says that it has size flags, but not of which centre.
+
+    It would be left out without a word.
+    """
+    known = [flags_of(root, centre) for centre in CENTRES["polypgen"]]
+    for path in (root / "metadata").glob("*"):
+        if path.name.lower().startswith("my_datadetails") and path not in known:
+            raise UserError(f"{path} is not read: tables of size flags are called {known[0].name}")
+
+
+def flags_of(root: Path, centre: str) -> Path:
+    """Where a centre's published size flags are, if they are there."""
+    return root / "metadata" / f"my_dataDetails_{centre}.csv"
+
+
+def read_size_flags(root: Path, centre: str, names: Set[str]) -> dict[str, bool]:
+    """A centre's published size flags, {image file name: small}; empty where there are none.
+
+    names: of its images. Raises UserError for a table that contradicts itself, or has none of them.
+    """
+    path = flags_of(root, centre)
+    if not os.path.lexists(path):
         return {}
 
     flags = {}
@@ -521,7 +595,13 @@ def read_size_flags(root: Path, centre: str) -> dict[str, bool]:
                 f"{path}: small_polyp of {row['img_name']} is {text!r}, neither True nor False"
             )
         # The paths in these tables have either kind of slash.
-        flags[PureWindowsPath(row["img_name"]).name] = small
+        name = PureWindowsPath(row["img_name"]).name
+        if flags.setdefault(name, small) != small:
+            raise UserError(f"{path}: small_polyp of {name} is both True and False")
+
+    # A table of another centre, or of files that have other names by now.
+    if not flags.keys() & names:
+        raise UserError(f"{path} has flags for none of the images of {centre}: delete or mend it")
     return flags
 
 
@@ -531,13 +611,16 @@ def read_groups(root: Path, centre: str, names: Sequence[str]) -> dict[str, str]
     Raises UserError for a frame of which the table says nothing.
     """
     path = root / "index.csv"
-    if not path.exists():
+    if not os.path.lexists(path):
         return dict.fromkeys(names, "")
 
     groups = {}
     for row in files.read_csv(path, ("centre", "name", "near_dup_group")):
-        if f"C{row['centre']}" == centre:
-            groups[row["name"]] = f"group {row['near_dup_group']}"
+        name = row["name"]
+        group = row["near_dup_group"].strip()
+        if f"C{row['centre']}" == centre and group:
+            if groups.setdefault(name, f"group {group}") != f"group {group}":
+                raise UserError(f"{path}: {name} of centre {centre} is in two groups")
 
     for name in names:
         if name not in groups:
@@ -569,10 +652,12 @@ def list_lits(
             raise UserError(f"{path}: LiTS numbers its volumes from 0 to {last}")
 
     records = []
+    remarks = {}
     for centre in centres:
         found = volumes.find_volumes(root, LITS_VOLUMES[centre])
         present = [number for number in published_order(centre) if number in found]
         numbers = [number for number in present if found[number][0] not in skip]
+        remarks[centre] = volumes.remarks_on(centre, [found[number] for number in numbers])
         before = len(records)
         for number in tqdm(
             numbers, desc=f"cutting slices of {centre}", unit="volume", leave=False, disable=None
@@ -590,7 +675,7 @@ def list_lits(
             )
 
     rule = f"slices with more than {volumes.TUMOUR_PIXELS} tumour pixels"
-    return Listing("LiTS", "slices", rule, "published size flags", records, folders, {})
+    return Listing("LiTS", "slices", rule, "published size flags", records, folders, {}, remarks)
 
 
 def cut_lits(
@@ -653,14 +738,18 @@ def list_own(
     folders = set()
     for row in rows:
         of_centre.setdefault(row.centre, []).append(row)
-        folders.update(row.image.resolve().parents)
+        folders.update(Path(os.path.realpath(row.image)).parents)
 
     # All that can be told without reading pixels is looked at before the first are.
+    remarks = {}
     for centre in centres:
-        manifest.check_files(path, of_centre[centre])
-        for row in of_centre[centre]:
-            if kind == "slices":
+        of_rows = of_centre[centre]
+        manifest.check_files(path, of_rows)
+        if kind == "slices":
+            for row in of_rows:
                 volumes.check_geometry(row.image, row.mask)
+            pairs = [(row.image, row.mask) for row in of_rows]
+            remarks[centre] = volumes.remarks_on(centre, pairs)
 
     cut = volumes.Cut(tuple(window), tuple(lesion))
     cache_folder = cache_of(path, cache)
@@ -677,7 +766,7 @@ def list_own(
 
     rule = "slices with a lesion" if kind == "slices" else "size flags by rule"
     flags = "size flags of the manifest"
-    return Listing(manifest.name_of(path), kind, rule, flags, records, folders, masks)
+    return Listing(manifest.name_of(path), kind, rule, flags, records, folders, masks, remarks)
 
 
 def check_suits(
@@ -753,7 +842,7 @@ def cache_of(path: Path, cache: str) -> Path:
 def cut_row(row: manifest.Row, cut: volumes.Cut, cache: Path) -> volumes.SliceFiles:
     """The slices of the volume of a row, cut where they are not in the cache yet."""
     # Volumes of two folders may have the same name, and a volume may be cut in several ways.
-    number = zlib.crc32(repr([str(row.image.resolve()), cut]).encode())
+    number = zlib.crc32(repr([os.path.realpath(row.image), cut]).encode())
     folder = cache / f"{manifest.base_name(row.image)}-{number:08x}"
     return volumes.slice_files(row.image, row.mask, folder, cut)
 
@@ -772,6 +861,7 @@ class Decoded(NamedTuple):
     inverse_area: float
     small: bool
     spacing: tuple[float, float]
+    turned: bool  # by EXIF, and not its mask; or the other way round
 
 
 def decode(centre: str, records: Sequence[Record], reading: Reading) -> Images:
@@ -784,6 +874,7 @@ def decode(centre: str, records: Sequence[Record], reading: Reading) -> Images:
     inverse_area = torch.empty(count, dtype=torch.float64)
     small = torch.empty(count, dtype=torch.bool)
     spacing = torch.ones(count, 2, dtype=torch.float64)
+    turned = []
 
     bar = tqdm(
         read_records(records, reading),
@@ -800,11 +891,13 @@ def decode(centre: str, records: Sequence[Record], reading: Reading) -> Images:
             inverse_area[i] = one.inverse_area
             small[i] = one.small
             spacing[i] = torch.tensor(one.spacing)
+            if one.turned:
+                turned.append(records[i].image)
 
     names = [record.name for record in records]
     pixels = torch.from_numpy(images)
     truth = torch.from_numpy(masks)
-    return Images(centre, names, pixels, truth, inverse_area, small, spacing)
+    return Images(centre, names, pixels, truth, inverse_area, small, spacing, turned)
 
 
 def read_records(records: Sequence[Record], reading: Reading) -> Iterator[Decoded]:
@@ -820,7 +913,11 @@ def read_records(records: Sequence[Record], reading: Reading) -> Iterator[Decode
 def read_record(record: Record, reading: Reading) -> Decoded:
     """Read, check, measure and resize one image. Raises UserError naming the file."""
     image = open_image(record.image, reading.mode, reading.window)
-    lesion = Image.fromarray(is_lesion(open_mask(record.mask), record.lesion))
+    mask = open_file(record.mask)
+    values = mask_values(mask, record.mask)
+    if not record.lesion:
+        check_bright(values, mask.format, record.mask)
+    lesion = Image.fromarray(is_lesion(values, record.lesion))
     check_proportions(record.mask, lesion.size, image.size)
 
     area, by_rule = measure_lesion(lesion, reading)
@@ -835,7 +932,8 @@ def read_record(record: Record, reading: Reading) -> Decoded:
 
     pixels = image.resize((size, size), Image.Resampling.BILINEAR)
     lesion = lesion.resize((size, size), Image.Resampling.NEAREST)
-    return Decoded(np.asarray(pixels), np.asarray(lesion), area, small, spacing)
+    turned = image.info[ORIENTATION] != mask.info[ORIENTATION]
+    return Decoded(np.asarray(pixels), np.asarray(lesion), area, small, spacing, turned)
 
 
 def check_proportions(mask: Path, size: tuple[int, int], of_image: tuple[int, int]) -> None:

@@ -223,7 +223,7 @@ def two_of_each(federation: data.Federation) -> Figure:
         images = federation.train[name]
         order = by_size(images)
         i = order[len(order) // 2] if which == "median" else order[-1]
-        draw_image(axes, images, i)
+        draw_outlined(axes, images, i)
         axes.set_title(f"{name}, {which} lesion\n1/{images.inverse_area[i]:.0f} of the image")
     return figure
 
@@ -234,7 +234,7 @@ def by_size(images: data.Images) -> list[int]:
     return [i for i in order if images.inverse_area[i].isfinite()]
 
 
-def draw_image(axes: Axes, images: data.Images, i: int) -> None:
+def draw_outlined(axes: Axes, images: data.Images, i: int) -> None:
     """An image with the outline of its mask in white."""
     axes.imshow(images.images[i].permute(1, 2, 0), interpolation="nearest")
     axes.contour(images.masks[i, 0], [0.5], colors="white", linewidths=1.5)
@@ -253,7 +253,7 @@ def learning(federation: data.Federation, predictions: dict[int, dict[str, Tenso
         images = federation.validation[name]
         shown = by_size(images)[0]
         for axes, (round_, predicted) in zip(row, predictions.items(), strict=True):
-            draw_image(axes, images, shown)
+            draw_outlined(axes, images, shown)
             if 0 < predicted[name].float().mean() < 1:
                 axes.contour(predicted[name], [0.5], colors=SKY, linewidths=2, linestyles="--")
             axes.set_title(f"{name}, round {round_}")
@@ -269,7 +269,7 @@ def first_sight(images: data.Images, i: int, source: str) -> Figure:
     frame, mask, both = figure.subplots(1, 3)
     frame.imshow(images.images[i].permute(1, 2, 0), interpolation="nearest")
     mask.imshow(images.masks[i, 0], cmap="Greys_r", interpolation="nearest")
-    draw_image(both, images, i)
+    draw_outlined(both, images, i)
     for axes in (frame, mask):
         axes.set_axis_off()
     return figure
@@ -312,7 +312,7 @@ def median_images(parts: dict[str, list[data.Images]], source: str) -> Figure:
     for column, pieces in zip(grid.T, parts.values(), strict=True):
         for axes, want_small in zip(column, (True, False), strict=True):
             images, i = median_image(pieces, want_small)
-            draw_image(axes, images, i)
+            draw_outlined(axes, images, i)
             kind = "small" if want_small else "not small"
             axes.set_title(f"{images.centre}, {kind}\n1/a = {images.inverse_area[i]:.0f}")
     return figure
@@ -338,7 +338,7 @@ def pulls(batch: data.Images, gradient: Tensor, area: Tensor, pull: Tensor, titl
     above, below = figure.subplots(2, len(batch))
     limit = gradient.abs().max()
     for n in range(len(batch)):
-        draw_image(above[n], batch, n)
+        draw_outlined(above[n], batch, n)
         above[n].set_title(f"1/a = {batch.inverse_area[n]:.0f}\n{area[n]:.1%} of the lesion pixels")
         drawn = below[n].imshow(
             gradient[n], cmap="PuOr", vmin=-limit, vmax=limit, interpolation="nearest"

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -42,7 +43,7 @@ def readable_errors(program: str, interrupted: str = "") -> Iterator[None]:
     their traceback.
     """
     interrupted = interrupted or "what was written stays"
-    replace_missing_streams()
+    prepare_streams()
     try:
         yield
         sys.stdout.flush()
@@ -60,14 +61,17 @@ def readable_errors(program: str, interrupted: str = "") -> Iterator[None]:
         end(program, f"error: {for_people(error)}", 2)
 
 
-def replace_missing_streams() -> None:
-    """Streams that a program was started without (`2>&-`) lead nowhere, instead of being None.
-
-    The first file that it opens would otherwise become the stream, for libraries that print.
-    """
+def prepare_streams() -> None:
+    """Have the standard streams take whatever is printed."""
+    # Streams that the program was started without (`2>&-`) lead nowhere, instead of being None: the
+    # first file that it opens would otherwise become the stream, for libraries that print.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - as long as the program
+
+    # What a terminal cannot show, as a name in other bytes than its own, is no reason to end.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def for_people(error: Exception) -> str:
@@ -90,7 +94,7 @@ def is_out_of_memory(error: Exception) -> bool:
 def end(program: str, message: str, code: int) -> None:
     """One line on stderr, and the exit code."""
     try:
-        print(f"{program}: {message}", file=sys.stderr, flush=True)
+        print(f"{program}: {printable(message)}", file=sys.stderr, flush=True)
     except OSError:  # the terminal may be gone
         lead_nowhere(sys.stderr)
     raise SystemExit(code)
@@ -99,3 +103,11 @@ def end(program: str, message: str, code: int) -> None:
 def lead_nowhere(stream: TextIO) -> None:
     """Have a stream that broke take what is in its buffer: Python writes that at the very end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def printable(text: str) -> str:
+    """Text in one line, in which nothing is invisible or commands a terminal.
+
+    The names of files may hold line breaks, escape sequences, and bytes that are no text.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -51,6 +52,19 @@ def replacing(path: Path, synced: bool = True) -> Iterator[Path]:
 def is_temporary(path: Path) -> bool:
     """Whether this is what `replacing` leaves behind when it is killed."""
     return path.name.startswith(TEMPORARY)
+
+
+def check_regular(path: Path) -> None:
+    """Raise UserError for a folder, a pipe or a device: a pipe would be waited for without end.
+
+    What is missing, or may not be looked at, is said by what opens it.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path} is no file, but a folder, a pipe or a device")
 
 
 def write_text(path: Path, text: str) -> str:
@@ -115,12 +129,22 @@ def from_checked_json(content: bytes) -> dict | None:
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """The rows of a CSV file. Raises UserError for another kind of file and for missing columns."""
+    check_regular(path)
     try:
         # Spreadsheets begin a UTF-8 file with a byte order mark.
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            text = file.read()
+        table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        header = list(table.fieldnames or ())
+        rows = list(table)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {path}: {error}") from error
+
+    if "\0" in text:
+        raise UserError(f"cannot read {path}: it is no text")
+    for column in columns:
+        if header.count(column) != 1:
+            raise UserError(f"{path}: its header needs the column {column}, once")
 
     for row in rows:
         if any(row.get(column) is None for column in columns):

@@ -184,7 +184,8 @@ def describe(clients: Any, config: Any, centre: str, version: str) -> dict[str, 
         "source": federation.source,
         "rule": federation.rule,
         "flags": federation.flags,
-        **federation.facts[centre]._asdict(),
+        # What is said of single files stays where they are.
+        **federation.facts[centre]._replace(remarks="")._asdict(),
     }
 
 

@@ -20,14 +20,13 @@ import numpy as np
 
 from support.errors import UserError
 from support.options import shown
-from support.pixels import open_mask
+from support.pixels import LOSSY, mask_values, open_file
 
 BRIGHT = 128  # what is brighter is lesion where edges are soft
 FEW = 16  # up to so many values are classes, more are soft edges
 NOISE = 32  # what JPEG may leave of black
 DARK, LIGHT = 64, 192  # beyond these a pixel counts as black or white
 BLACK_AND_WHITE = 0.95  # share of pixels that are, in masks with soft edges
-LOSSY = (".jpg", ".jpeg", ".jfif", ".webp")  # suffixes of files whose values are not kept exactly
 
 
 @dataclass
@@ -50,37 +49,37 @@ class Values:
 
 def count_values(paths: Sequence[Path]) -> Values:
     """The values of these masks. Raises UserError naming a file that cannot be read."""
-    found = Values(lossy=any(map(is_lossy, paths)))
+    found = Values(lossy=False)
 
     # Several rows may share an empty mask.
     paths = list(dict.fromkeys(paths))
     with ThreadPoolExecutor() as pool:
-        for path, (values, counts) in zip(paths, pool.map(values_of, paths), strict=True):
+        for path, (values, counts, lossy) in zip(paths, pool.map(values_of, paths), strict=True):
+            found.lossy |= lossy
             for value, count in zip(values, counts, strict=True):
                 found.pixels[value] = found.pixels.get(value, 0) + count
                 found.first.setdefault(value, path)
-            if found.dim is None and is_dim(path, values):
+            if found.dim is None and is_dim(values, lossy):
                 found.dim = path
     return found
 
 
-def is_lossy(path: Path) -> bool:
-    """Whether a file may not keep the values of a mask exactly, by its suffix."""
-    return path.suffix.lower() in LOSSY
+def is_dim(values: Sequence[int], lossy: bool) -> bool:
+    """Whether a mask of these values shows something, but nothing bright.
 
-
-def is_dim(path: Path, values: Sequence[int]) -> bool:
-    """Whether a mask of these values shows something, but nothing bright."""
+    values: in order, or the lowest and the highest; lossy: whether the mask's format may not keep them exactly
+    """
     # JPEG may make a black image one of a single dark grey, and spoils black around edges a little.
-    faint = NOISE if is_lossy(path) else 0
-    return len(values) > 1 and faint < values[-1] <= BRIGHT
+    faint = NOISE if lossy else 0
+    return values[0] < values[-1] and faint < values[-1] <= BRIGHT
 
 
-def values_of(path: Path) -> tuple[list[int], list[int]]:
-    """The values of a mask in order, and how many pixels have each."""
-    counts = np.bincount(open_mask(path).ravel())
+def values_of(path: Path) -> tuple[list[int], list[int], bool]:
+    """The values of a mask in order, how many pixels have each, and whether it may be soft."""
+    mask = open_file(path)
+    counts = np.bincount(mask_values(mask, path).ravel())
     values = np.flatnonzero(counts)
-    return values.tolist(), counts[values].tolist()
+    return values.tolist(), counts[values].tolist(), mask.format in LOSSY
 
 
 def lesion_values(centre: str, found: Values, wanted: Sequence[int] = ()) -> tuple[int, ...]:
@@ -102,7 +101,7 @@ def lesion_values(centre: str, found: Values, wanted: Sequence[int] = ()) -> tup
         raise UserError(f"{masks} are all empty, as {example}: leave it out with --centres")
     if len(present) == 1:
         raise UserError(f"{masks} hold nothing but {highest}, as {example}: what is no lesion?")
-    if len(present) == 2 and present[0] == 0:
+    if len(present) == 2 and present[0] == 0 and not (found.lossy and highest < LIGHT):
         return (highest,)
 
     if not found.lossy and len(present) <= FEW:
@@ -140,6 +139,19 @@ def check_soft(masks: str, found: Values) -> None:
         raise UserError(
             f"{found.dim} has no pixel brighter than {BRIGHT}, unlike others of {masks}: save all "
             "of them with 0 and 255"
+        )
+
+
+def check_bright(values: np.ndarray, kind: str, path: Path) -> None:
+    """Raise UserError for a mask that shows something, but nothing bright: it would be empty.
+
+    values: of a mask of which what is bright is lesion; kind: its format, as Pillow calls it.
+    """
+    highest = int(values.max())
+    if is_dim([int(values.min()), highest], kind in LOSSY):
+        raise UserError(
+            f"{path} has nothing brighter than {BRIGHT}, where lesions are, but values up to "
+            f"{highest}: save it with 0 and 255"
         )
 
 

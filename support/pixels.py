@@ -1,18 +1,32 @@
 """Image files as pixels, as a viewer shows them: photographs, grey exports of scanners, masks.
 
-Whatever Pillow reads is read: PNG, JPEG, TIFF, BMP, WebP and more. A photograph is turned as its
+The usual formats are read: PNG, JPEG, TIFF, BMP, WebP and a few more. A photograph is turned as its
 camera has noted (EXIF), and what is transparent is black. Values of more than 8 bits become grey
 values as those of volumes do: by a window, or by their own percentiles.
 """
 
+import contextlib
+import os
 import struct
+import threading
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from support.errors import UserError
+from support.files import check_regular
+
+# Pillow tells a format by content, and knows others: for PostScript it would start an interpreter.
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
+LOSSY = ("JPEG", "MPO", "WEBP")  # of them, those that may not keep values exactly
+MOST_PIXELS = 100_000_000  # of an image: a small file may decompress to any size
+LARGEST = 1e30  # value of a pixel or voxel: products of larger ones are no numbers in float32
+# What Pillow raises for damaged files: some decoders call it a SyntaxError, or a ValueError.
+UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+ORIENTATION = "orientation"  # an image's info: how it was turned by EXIF, 1 for not
 
 PERCENTILES = (0.5, 99.5)  # what lies outside is black or white where no window is given
 COLOUR_SPREAD = 16  # grey levels between channels: more of them is a colour, not a compression's
@@ -26,30 +40,47 @@ def open_image(path: Path, mode: str, window: Sequence[float] = ()) -> Image.Ima
     """A fully decoded image of 8 bits a channel. Raises UserError naming the file.
 
     mode: "RGB" or "L"; window: the values that become black and white, where there are more than 8
-    bits; empty for the image's own percentiles.
+    bits; empty for the image's own percentiles. The image's info says under ORIENTATION how it was
+    turned.
     """
     image = open_file(path)
+    opened = image.convert(mode) if is_plain(image) else flattened(image, path, window, mode)
+    opened.info[ORIENTATION] = image.info[ORIENTATION]
+    return opened
+
+
+def is_plain(image: Image.Image) -> bool:
+    """Whether an image has 8 bits a channel, and nothing in it is transparent."""
+    transparent = "A" in image.getbands() or "transparency" in image.info
+    return not (transparent or is_deep(image))
+
+
+def flattened(image: Image.Image, path: Path, window: Sequence[float], mode: str) -> Image.Image:
+    """An image whose deep values have become grey ones, or what is transparent black."""
     if is_deep(image):
         values = np.asarray(image).astype(np.float32)
         low, high = window or percentiles(values, path)
         return Image.fromarray(to_grey(values, low, high)).convert(mode)
 
-    if "A" in image.getbands() or "transparency" in image.info:
-        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(black, image.convert("RGBA"))
-    return image.convert(mode)
+    black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+    return Image.alpha_composite(black, image.convert("RGBA")).convert(mode)
 
 
 def open_mask(path: Path) -> np.ndarray:
-    """The values of a mask (H, W), uint8 or uint16. Raises UserError naming the file.
+    """The values of a mask (H, W), uint8 or uint16. Raises UserError naming the file."""
+    return mask_values(open_file(path), path)
+
+
+def mask_values(image: Image.Image, path: Path) -> np.ndarray:
+    """The values of a mask that was read from path, as `open_mask` returns them.
 
     Of an image with a palette of colours these are the indices.
     """
-    image = open_file(path)
     if is_deep(image):
         return whole_numbers(np.asarray(image), path)
     if image.mode == "P" and not has_grey_palette(image):
         return np.asarray(image)
+    grey = np.asarray(image.convert("L"))
 
     # The lesion may be in the alpha channel, or in the colours below it: nobody can tell.
     if "A" in image.getbands() and image.getchannel("A").getextrema() != (255, 255):
@@ -58,27 +89,95 @@ def open_mask(path: Path) -> np.ndarray:
         raise UserError(
             f"{path} is coloured: save the mask in grey, or with a palette (one value a class)"
         )
-    return np.asarray(image.convert("L"))
+
+    # One of the darkest colours, or values of a palette that are all black.
+    if image.mode != "L" and not grey.any() and np.asarray(image).any():
+        raise UserError(f"{path} is black, but not all of it has the same value: save it in grey")
+    return grey
 
 
 def open_file(path: Path) -> Image.Image:
     """A decoded image, turned as it is to be looked at. Raises UserError naming the file."""
     try:
-        with Image.open(path) as image:
-            frames = getattr(image, "n_frames", 1)
+        with open_header(path) as image:
+            check_size(image, path)
             kind = image.format
-            upright = ImageOps.exif_transpose(image)
+            if kind == "PNG":
+                check_checksums(path)
+            with QUIET if kind == "TIFF" else contextlib.nullcontext():
+                frames = getattr(image, "n_frames", 1)
+                turned = image.getexif().get(ExifTags.Base.Orientation)
+                upright = ImageOps.exif_transpose(image)
     except UnidentifiedImageError as error:
         raise UserError(f"cannot read {path}: it is no image, or of a kind not known") from error
-    # Some decoders call damage a SyntaxError, or a ValueError.
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+    except UserError:
+        raise
+    except UNREADABLE as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"cannot read {path}: {reason}") from error
 
     # A camera's MPO file holds a preview beside the photograph; others hold a stack.
     if frames > 1 and kind != "MPO":
         raise UserError(f"{path} holds {frames} images: save each of them as a file of its own")
+    upright.format = kind
+    upright.info[ORIENTATION] = turned if turned in range(2, 9) else 1
     return upright
+
+
+def open_header(path: Path) -> Image.Image:
+    """An image of which only the header is read yet. Raises UserError, and whatever Pillow does."""
+    check_regular(path)
+    # Pillow warns of what is an error here, and of notes of a camera that nobody reads.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    return Image.open(path, formats=FORMATS)
+
+
+def check_size(image: Image.Image, path: Path) -> None:
+    """Raise UserError for an image that is too large, of which only the header is read yet."""
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise UserError(
+            f"{path} is {width}x{height}: more than {MOST_PIXELS:,} pixels are not read"
+        )
+
+
+def check_checksums(path: Path) -> None:
+    """Raise what Pillow does for a PNG file that is not what was written, by its own checksums."""
+    # In decoding it does not look at those of the pixels.
+    with open_header(path) as image:
+        image.verify()
+
+
+class Quiet:
+    """While any thread is inside, nothing arrives on stderr.
+
+    libtiff prints there, past Python, what it also tells Pillow.
+    """
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.stderr = None  # a copy of it; None where there is none
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.inside += 1
+            if self.inside > 1:
+                return
+            with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
+                self.stderr = os.dup(2)
+                os.dup2(nowhere.fileno(), 2)
+
+    def __exit__(self, *problem: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0 and self.stderr is not None:
+                os.dup2(self.stderr, 2)
+                os.close(self.stderr)
+                self.stderr = None
+
+
+QUIET = Quiet()
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -102,14 +201,22 @@ def percentiles(values: np.ndarray, path: Path) -> tuple[float, float]:
 
     Raises UserError naming the file for values that are no numbers.
     """
-    if not np.isfinite(values).all():
-        raise UserError(f"{path} holds values that are no numbers")
+    check_values(values, path)
     low, high = np.percentile(values, PERCENTILES).tolist()
 
     # Little may stand out from a plain background: then it is what there is to see.
     if low == high:
         low, high = float(values.min()), float(values.max())
+    if 0 < high - low <= 1 / LARGEST:
+        raise UserError(f"{path} holds values that differ by {high - low:g}: too little to be seen")
     return low, high
+
+
+def check_values(values: np.ndarray, path: Path) -> None:
+    """Raise UserError naming the file for values that are no numbers, or too large to be any."""
+    # A comparison with NaN is false.
+    if not (np.abs(values) <= LARGEST).all():
+        raise UserError(f"{path} holds values that are no numbers, or beyond {LARGEST:g}")
 
 
 def to_grey(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -124,11 +231,11 @@ def to_grey(values: np.ndarray, low: float, high: float) -> np.ndarray:
 def is_saved_in_colour(path: Path) -> bool:
     """Whether an image's file has room for colours. Its pixels are not read."""
     try:
-        with Image.open(path) as image:
+        with open_header(path) as image:
             if image.mode == "P":
                 return not has_grey_palette(image)
             return not (is_deep(image) or image.mode in ("1", "L", "LA", "La"))
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError):
+    except UNREADABLE:
         return False  # it is named when it is read
 
 

@@ -17,6 +17,7 @@ import math
 import operator
 import os
 import re
+import warnings
 import zlib
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from PIL import Image
 from support import files
 from support.errors import UserError
 from support.masks import is_lesion
-from support.pixels import percentiles, to_grey
+from support.pixels import check_values, percentiles, to_grey
 
 # What is read of LiTS, as published.
 WINDOW = (-200.0, 200.0)  # Hounsfield units that become grey values 0 and 255
@@ -39,7 +40,13 @@ TUMOUR_PIXELS = 50  # slices with more of them are kept
 BLOCK = 16  # slices that are read at a time
 SAMPLE = 2**24  # about so many voxels of a volume are enough for its percentiles
 
-DAMAGE = (OSError, EOFError, ValueError, zlib.error)  # what reading a damaged file raises
+SPACINGS = 1e-3, 1e3  # mm between two voxels: less, or more, is no volume of a person
+SLOPES = 1e-12, 1e12  # factors of values; a larger one makes every volume black and white
+HIGHEST_LABEL = 65535
+MORE = 2**20  # bytes that may follow the voxels: a small file may decompress to any size
+
+# What reading a damaged file raises.
+DAMAGE = (OSError, EOFError, ValueError, OverflowError, zlib.error)
 NOT_NIFTI = (
     nibabel.filebasedimages.ImageFileError,
     nibabel.spatialimages.HeaderDataError,
@@ -52,11 +59,15 @@ NOT_NIFTI = (
 
 def open_volume(path: Path) -> nibabel.spatialimages.SpatialImage:
     """A NIfTI file whose voxels are read on demand. Raises UserError naming the file."""
-    # nibabel would also print what is raised here.
+    # nibabel would also print what is raised here, and warn of what nobody reads.
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module=r"nibabel\.")
+    files.check_regular(path)
     try:
         # A compressed file that was closed would be decompressed from its beginning for each block.
         volume = nibabel.load(path, keep_file_open=True)
+        with nibabel.openers.ImageOpener(path) as file:
+            header = type(volume.header).from_fileobj(file, check=False)
     except (*DAMAGE, *NOT_NIFTI) as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
@@ -68,24 +79,59 @@ def open_volume(path: Path) -> nibabel.spatialimages.SpatialImage:
     kind = volume.get_data_dtype()
     if kind.kind not in "iuf":
         raise UserError(f"{path} holds values of type {kind}; a volume holds numbers")
+    check_header(volume, header, path)
     return volume
+
+
+def check_header(
+    volume: nibabel.spatialimages.SpatialImage, header: nibabel.Nifti1Header, path: Path
+) -> None:
+    """Raise UserError for fields of a header that contradict each other, or cannot be.
+
+    header: as it is in the file, where nibabel has replaced what it could not use.
+    """
+
+    def require(condition: bool, what: str) -> None:
+        if not condition:
+            raise UserError(f"{path}: {what} cannot be: mend its header")
+
+    spacing = header["pixdim"][1:4]
+    fits = ((SPACINGS[0] <= spacing) & (spacing <= SPACINGS[1])).all()
+    require(fits, f"a spacing of {' x '.join(f'{mm:g}' for mm in spacing)} mm")
+    unit = int(header["xyzt_units"]) & 7
+    require(unit in (0, 2), f"a spacing in other units than mm (xyzt_units {unit})")
+    require(np.isfinite(volume.affine).all(), "an affine that is not finite")
+
+    # A slope of 0 or NaN says that values are what they are; the intercept is not read then.
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    if slope != 0 and not math.isnan(slope):
+        require(SLOPES[0] <= abs(slope) <= SLOPES[1], f"scl_slope {slope:g}")
+        require(abs(intercept) <= SLOPES[1], f"scl_inter {intercept:g}")
+
+    bits = 8 * volume.get_data_dtype().itemsize
+    require(header["bitpix"] == bits, f"{header['bitpix']} bits for values of {bits} (bitpix)")
+    offset = volume.dataobj.offset
+    require(offset >= header["sizeof_hdr"], f"vox_offset {offset}, which is in the header,")
 
 
 def check_whole(path: Path, volume: nibabel.spatialimages.SpatialImage) -> None:
     """Raise UserError for a file that is cut short, or compressed and unlike its checksum."""
+    needed = volume.dataobj.offset
+    needed += math.prod(volume.shape) * volume.get_data_dtype().itemsize
     try:
+        held = path.stat().st_size
         if path.suffix.lower() == ".gz":
             # Python compares the checksum when it arrives at the end.
+            held = 0
             with gzip.open(path) as file:
-                while file.read(1 << 20):
-                    pass
-        else:
-            voxels = math.prod(volume.shape) * volume.get_data_dtype().itemsize
-            held = path.stat().st_size
-            if held < volume.dataobj.offset + voxels:
-                raise EOFError(f"{held} bytes are too few")
+                while (block := file.read(MORE)) and held <= needed + MORE:
+                    held += len(block)
+        if held < needed:
+            raise EOFError(f"{held} bytes are too few")
     except DAMAGE as error:
         raise damaged(path, error) from error
+    if held > needed + MORE:
+        raise UserError(f"{path} holds far more than the {needed} bytes that its header tells of")
 
 
 def read_block(volume: nibabel.spatialimages.SpatialImage, path: Path, start: int) -> np.ndarray:
@@ -98,6 +144,19 @@ def read_block(volume: nibabel.spatialimages.SpatialImage, path: Path, start: in
 
 def check_geometry(volume_path: Path, segmentation_path: Path) -> None:
     """Raise UserError for a segmentation that is of another shape than its volume, or elsewhere."""
+    apart = distance(volume_path, segmentation_path)
+    if apart:
+        raise UserError(
+            f"{segmentation_path} lies up to {apart:.1f} mm away from its volume {volume_path}: "
+            "their affines differ"
+        )
+
+
+def distance(volume_path: Path, segmentation_path: Path) -> float:
+    """By how many mm a segmentation lies elsewhere than its volume; 0 for less than half a voxel.
+
+    Raises UserError for one of another shape.
+    """
     volume = open_volume(volume_path)
     segmentation = open_volume(segmentation_path)
     check_shape(volume, segmentation, segmentation_path)
@@ -106,12 +165,38 @@ def check_geometry(volume_path: Path, segmentation_path: Path) -> None:
     ends = itertools.product(*[(0, length - 1) for length in volume.shape])
     corners = np.array([(*corner, 1) for corner in ends])
     apart = corners @ (segmentation.affine - volume.affine).T
-    distance = np.linalg.norm(apart[:, :3], axis=1).max()
-    if not distance <= min(volume.header.get_zooms()) / 2:
-        raise UserError(
-            f"{segmentation_path} lies up to {distance:.1f} mm away from its volume {volume_path}: "
-            "their affines differ"
+    furthest = float(np.linalg.norm(apart[:, :3], axis=1).max())
+    return furthest if furthest > min(volume.header.get_zooms()) / 2 else 0.0
+
+
+def is_axial(path: Path) -> bool:
+    """Whether the slices of a volume, along its third axis, run from feet to head.
+
+    So they do where its header says nothing of that.
+    """
+    volume = open_volume(path)
+    header = volume.header
+    if header["sform_code"] == 0 and header["qform_code"] == 0:
+        return True
+    return int(np.abs(volume.affine[:3, 2]).argmax()) == 2
+
+
+def remarks_on(centre: str, pairs: Sequence[tuple[Path, Path]]) -> list[str]:
+    """What the user of a centre's volumes should know of how they lie. pairs: see `distance`"""
+    remarks = []
+    turned = [volume.name for volume, _ in pairs if not is_axial(volume)]
+    if turned:
+        remarks.append(
+            f"{len(turned)} volumes of {centre} are cut into slices that are not axial, by their "
+            f"affines, as {turned[0]}"
         )
+    apart = [segmentation.name for volume, segmentation in pairs if distance(volume, segmentation)]
+    if apart:
+        remarks.append(
+            f"{len(apart)} segmentations of {centre} lie elsewhere than their volumes, by their "
+            f"affines, as {apart[0]}"
+        )
+    return remarks
 
 
 def check_shape(
@@ -138,11 +223,16 @@ def window(values: np.ndarray, path: Path, levels: Sequence[float] = WINDOW) -> 
     Hounsfield units of soft tissue, -200 to 200, by default: what lies outside is air or bone.
     Raises UserError naming the file for values that are no numbers.
     """
-    values = values.astype(np.float32).transpose(2, 0, 1)
-    if not np.isfinite(values).all():
-        raise UserError(f"{path} holds values that are no numbers")
+    values = as_float32(values).transpose(2, 0, 1)
+    check_values(values, path)
     low, high = levels
     return to_grey(values, low, high)
+
+
+def as_float32(values: np.ndarray) -> np.ndarray:
+    """Values in the precision that all are read in; infinite where they are too large for it."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
 
 
 def own_levels(volume: nibabel.spatialimages.SpatialImage, path: Path) -> tuple[float, float]:
@@ -155,7 +245,7 @@ def own_levels(volume: nibabel.spatialimages.SpatialImage, path: Path) -> tuple[
     parts = []
     for start in range(0, volume.shape[2], BLOCK):
         block = read_block(volume, path, start)[::step, ::step]
-        parts.append(block.astype(np.float32).ravel())
+        parts.append(as_float32(block).ravel())
     return percentiles(np.concatenate(parts), path)
 
 
@@ -220,8 +310,9 @@ def check_labels(labels: np.ndarray, path: Path, known: Sequence[int]) -> None:
         wrong = ~np.isin(labels, known)
         rule = "LiTS has 0 (background), 1 (liver), 2 (tumour)"
     else:
-        wrong = ~((labels >= 0) & (labels == np.round(labels)))
-        rule = "a label is a whole number from 0 on"
+        in_range = (labels >= 0) & (labels <= HIGHEST_LABEL)
+        wrong = ~(in_range & (labels == np.round(labels)))
+        rule = f"a label is a whole number from 0 to {HIGHEST_LABEL}"
     if wrong.any():
         raise UserError(f"{path} holds the label {labels[wrong][0]:g}; {rule}")
 
@@ -232,6 +323,7 @@ def only_label(path: Path) -> tuple[int, ...]:
     Raises UserError where there are several, and nobody has said which of them are lesion.
     """
     segmentation = open_volume(path)
+    check_whole(path, segmentation)
     found = set()
     for start in range(0, segmentation.shape[2], BLOCK):
         labels = read_block(segmentation, path, start)
@@ -348,7 +440,7 @@ def mask_name(k: int) -> str:
 def describe(path: Path) -> list:
     """What tells a file from another, and from itself after a change."""
     about = path.stat()
-    return [str(path.resolve()), about.st_size, about.st_mtime_ns]
+    return [os.path.realpath(path), about.st_size, about.st_mtime_ns]
 
 
 def read_index(folder: Path) -> dict:
