@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -292,6 +293,33 @@ def test_a_pipe_that_ends_is_an_error_for_people():
     for talk in (channel.answer, functools.partial(channel.request, "evaluate")):
         with pytest.raises(UserError, match=r"worker 1 of 2 is gone; .*--resume goes on"):
             talk()
+
+
+def test_a_message_through_gloo_is_its_length_and_its_bytes(monkeypatch):
+    sent = []
+
+    def send(tensor, rank):
+        sent.append((tensor, rank))
+
+    def receive(tensor, rank):
+        other, to = sent.pop(0)
+        assert (other.shape, other.dtype, to) == (tensor.shape, tensor.dtype, rank)
+        tensor.copy_(other)
+
+    group = SimpleNamespace(send=send, recv=receive, get_world_size=lambda: 3)
+    monkeypatch.setattr(processes, "dist", group)
+    channel = processes.GlooChannel(2)
+    assert channel.other == "process 2 of 3"
+    channel.send(("train", [1, 2]))
+    assert [len(tensor) for tensor, _ in sent] == [1, sent[0][0].item()]
+    assert channel.receive() == ("train", [1, 2])
+    assert not sent
+
+
+def test_a_worker_is_stopped_and_waited_for():
+    worker = Mock()
+    processes.PipeChannel(None, "worker 1 of 2", worker).close()
+    assert [name for name, *_ in worker.method_calls] == ["terminate", "join"]
 
 
 def test_nobody_ends_a_process_that_is_at_work():
