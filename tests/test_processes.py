@@ -475,6 +475,8 @@ def tiny(square_root):
 def test_what_a_process_does_and_says_when_it_serves(tiny, monkeypatch):
     """It loads its own centre, takes its share of threads; no image leaves it."""
     threads = []
+    prepare = Mock()
+    monkeypatch.setattr(fedgs.hardware, "prepare_torch", prepare)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     state = fedgs.open_local_clients(tiny, []).flat.state()
     requests = [("open", tiny, ["C5"], 3), ("test", state), processes.END]
@@ -488,6 +490,7 @@ def test_what_a_process_does_and_says_when_it_serves(tiny, monkeypatch):
     processes.serve(channel, open_local)
     assert opened == [["C5"]]
     assert threads == [3]
+    assert prepare.called
 
     [(_, facts), (_, tests)] = channel.told
     assert list(facts) == ["C5"]
@@ -510,6 +513,8 @@ def test_the_server_with_its_company(tiny, monkeypatch):
     work_of = {"C4": 9, "C5": 8}
     with processes.spread(fedgs.open_local_clients, tiny, work_of, 2) as clients:
         assert clients.owners == {"C4": 0, "C5": 1}
+        assert clients.placement == " each of 2 processes (process 0: C4; process 1: C5)"
+        assert clients.kernels is clients.local.kernels
         assert list(clients.federation.facts.items()) == list(whole.facts.items())
         assert clients.federation.fingerprint == whole.fingerprint
         assert list(clients.federation.train) == ["C4"]
