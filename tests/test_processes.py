@@ -444,6 +444,17 @@ def test_torchruns_number_counts(monkeypatch):
         processes.choose_workers("auto", 2, torch.device("cpu"))
 
 
+def test_which_processes_of_torchrun_serve(monkeypatch):
+    monkeypatch.setattr(processes.dist, "is_torchelastic_launched", lambda: True)
+    for count, company in (("1", False), ("2", True)):
+        monkeypatch.setenv("WORLD_SIZE", count)
+        assert processes.under_torchrun() == company
+
+    for rank, serves in (("0", False), ("1", True)):
+        monkeypatch.setenv("RANK", rank)
+        assert processes.serves() == serves
+
+
 def test_a_process_loads_its_own_centres_alone(square_root):
     """The parts' facts together are the whole's, their images are the whole's of these centres."""
     how = {"centres": ("C3", "C4", "C5"), "out_centre": "C5", "size": 32, "tau": 150}
