@@ -316,6 +316,38 @@ def test_a_message_through_gloo_is_its_length_and_its_bytes(monkeypatch):
     assert not sent
 
 
+def test_process_0_meets_all_others(monkeypatch):
+    start = Mock()
+    monkeypatch.setattr(processes, "start_group", start)
+    monkeypatch.setattr(processes, "dist", SimpleNamespace(get_world_size=lambda: 3))
+    channels = processes.meet()
+    assert start.called
+    assert {rank: channel.rank for rank, channel in channels.items()} == {1: 1, 2: 2}
+
+
+def test_who_joins_serves_unless_help_is_all_that_is_wanted(monkeypatch):
+    steps = Mock()
+    for name in ("quiet_bars", "start_group", "GlooChannel", "serve", "dist"):
+        monkeypatch.setattr(processes, name, getattr(steps, name))
+    monkeypatch.setattr(signal, "signal", steps.signal)
+
+    monkeypatch.setattr(sys, "argv", ["fedgs.py", "--help"])
+    processes.join(None)
+    assert not steps.method_calls
+
+    monkeypatch.setattr(sys, "argv", ["fedgs.py"])
+    processes.join("open")
+    steps.signal.assert_called_once_with(signal.SIGINT, signal.SIG_IGN)
+    steps.serve.assert_called_once_with(steps.GlooChannel(0), "open")
+    names = [name for name, *_ in steps.method_calls]
+    assert names.index("start_group") < names.index("serve")
+    assert "dist.destroy_process_group" in names
+
+    steps.serve.side_effect = UserError("process 0 is gone")
+    with pytest.raises(SystemExit, match="1"):
+        processes.join("open")
+
+
 def test_a_worker_is_stopped_and_waited_for():
     worker = Mock()
     processes.PipeChannel(None, "worker 1 of 2", worker).close()
