@@ -5,6 +5,7 @@ import csv
 import math
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -705,6 +706,21 @@ def test_small_by_the_smallest_polyp():
     mask[110, 90] = True  # touches at a corner: one polyp of 101 pixels
     assert not is_small(mask, 150)
     assert not is_small(np.zeros((150, 100), bool), 150)
+
+    # All but a pixel: the background is no polyp.
+    filled = np.ones((150, 100), bool)
+    filled[0, 0] = False
+    assert not is_small(filled, 150)
+
+
+def test_a_mask_may_be_stretched_by_a_hundredth():
+    path = Path("mask.png")
+    data.check_proportions(path, (1010, 500), (1000, 500))
+    data.check_proportions(path, (500, 250), (1000, 500))
+    with pytest.raises(UserError, match=r"mask.png is 1011x500, its image 1000x500$"):
+        data.check_proportions(path, (1011, 500), (1000, 500))
+    with pytest.raises(UserError, match=r"mask.png is 500x1000, its image 1000x500 \(one of them"):
+        data.check_proportions(path, (500, 1000), (1000, 500))
 
 
 def test_frames_are_measured_at_512(tmp_path):

@@ -1330,6 +1330,23 @@ def test_the_picture_says_whose_images_it_shows(flat, generator, monkeypatch):
     ]
 
 
+def test_anatomy_is_drawn_of_the_first_image_that_is_here(generator, monkeypatch):
+    drawn = []
+
+    def noted(network, images, i, heading):
+        drawn.append((images, i))
+        return "a picture"
+
+    monkeypatch.setattr(fedgs, "draw_anatomy", noted)
+    images = square_images("C1", 2, generator)
+    tests = [SimpleNamespace(images=x, evaluation=None) for x in (images.subset([]), images)]
+    network = fedgs.build_network(replace(CONFIG, model="sd-utnet"))
+    clients = SimpleNamespace(flat=SimpleNamespace(network=network))
+    assert fedgs.draw_tests(clients, tests, "a run")["anatomy.png"] == "a picture"
+    assert drawn == [(images, 0)]
+    assert list(fedgs.draw_tests(clients, tests[:1], "a run")) == ["predictions.png"]
+
+
 def test_the_picture_of_anatomy_is_the_networks(generator, monkeypatch):
     """Of the chosen image: what the segmentor sees, and the image given back in its mean look."""
     config = replace(CONFIG, model="sd-utnet")

@@ -38,6 +38,7 @@ def planted(text):
         ("x = ['a', b]", ["x = [*(), b]"]),
         ("x = [a for a in b if c]", ["x = [a for a in b if True]"]),
         ("x = min(a)", ["x = max(a)"]),
+        ("x = min(a, b)", ["x = max(a, b)", "x = min(a, *())"]),
         ("x = sorted(a)", ["x = (a)"]),
         ("x = f(a, b=c)", ["x = f(a, **{})"]),
         ("x = f(a, b)", ["x = f(a, *())", "x = f(b, a)"]),

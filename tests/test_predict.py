@@ -632,6 +632,17 @@ def test_the_samples_of_volumes_are_spread_over_them(tmp_path, monkeypatch):
     assert torch.equal(predict.samples_of(inputs, reading("slices", 16)), whole[:1])
 
 
+def test_the_samples_of_volumes_are_between_their_own_levels(tmp_path):
+    values = np.random.default_rng(0).integers(0, 300, (16, 16, 4))
+    for name, factor in (("a", 1), ("b", 10)):
+        image = nibabel.Nifti1Image((factor * values).astype(np.int16), np.eye(4))
+        image.to_filename(tmp_path / f"{name}.nii")
+    inputs = {name: tmp_path / f"{name}.nii" for name in ("a", "b")}
+    samples = predict.samples_of(inputs, data.Reading("slices", (), 16, 150))
+    assert torch.equal(samples[:4], samples[4:])
+    assert (samples.min(), samples.max()) == (0, 255)
+
+
 def test_the_batch_norm_that_a_client_kept_for_itself(tmp_path, capsys):
     config = fedgs.Config(**TINY, method="fedbn")
     about = runs.describe_weights(config, "PolypGen stand-in", 7, fedgs.__version__)

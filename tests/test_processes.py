@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -294,6 +295,65 @@ def test_a_pipe_that_ends_is_an_error_for_people():
             talk()
 
 
+def test_a_message_through_gloo_is_its_length_and_its_bytes(monkeypatch):
+    sent = []
+
+    def send(tensor, rank):
+        sent.append((tensor, rank))
+
+    def receive(tensor, rank):
+        other, to = sent.pop(0)
+        assert (other.shape, other.dtype, to) == (tensor.shape, tensor.dtype, rank)
+        tensor.copy_(other)
+
+    group = SimpleNamespace(send=send, recv=receive, get_world_size=lambda: 3)
+    monkeypatch.setattr(processes, "dist", group)
+    channel = processes.GlooChannel(2)
+    assert channel.other == "process 2 of 3"
+    channel.send(("train", [1, 2]))
+    assert [len(tensor) for tensor, _ in sent] == [1, sent[0][0].item()]
+    assert channel.receive() == ("train", [1, 2])
+    assert not sent
+
+
+def test_process_0_meets_all_others(monkeypatch):
+    start = Mock()
+    monkeypatch.setattr(processes, "start_group", start)
+    monkeypatch.setattr(processes, "dist", SimpleNamespace(get_world_size=lambda: 3))
+    channels = processes.meet()
+    assert start.called
+    assert {rank: channel.rank for rank, channel in channels.items()} == {1: 1, 2: 2}
+
+
+def test_who_joins_serves_unless_help_is_all_that_is_wanted(monkeypatch):
+    steps = Mock()
+    for name in ("quiet_bars", "start_group", "GlooChannel", "serve", "dist"):
+        monkeypatch.setattr(processes, name, getattr(steps, name))
+    monkeypatch.setattr(signal, "signal", steps.signal)
+
+    monkeypatch.setattr(sys, "argv", ["fedgs.py", "--help"])
+    processes.join(None)
+    assert not steps.method_calls
+
+    monkeypatch.setattr(sys, "argv", ["fedgs.py"])
+    processes.join("open")
+    steps.signal.assert_called_once_with(signal.SIGINT, signal.SIG_IGN)
+    steps.serve.assert_called_once_with(steps.GlooChannel(0), "open")
+    names = [name for name, *_ in steps.method_calls]
+    assert names.index("start_group") < names.index("serve")
+    assert "dist.destroy_process_group" in names
+
+    steps.serve.side_effect = UserError("process 0 is gone")
+    with pytest.raises(SystemExit, match="1"):
+        processes.join("open")
+
+
+def test_a_worker_is_stopped_and_waited_for():
+    worker = Mock()
+    processes.PipeChannel(None, "worker 1 of 2", worker).close()
+    assert [name for name, *_ in worker.method_calls] == ["terminate", "join"]
+
+
 def test_nobody_ends_a_process_that_is_at_work():
     channel = Script()
     channel.request("train", answers=2)
@@ -416,6 +476,17 @@ def test_torchruns_number_counts(monkeypatch):
         processes.choose_workers("auto", 2, torch.device("cpu"))
 
 
+def test_which_processes_of_torchrun_serve(monkeypatch):
+    monkeypatch.setattr(processes.dist, "is_torchelastic_launched", lambda: True)
+    for count, company in (("1", False), ("2", True)):
+        monkeypatch.setenv("WORLD_SIZE", count)
+        assert processes.under_torchrun() == company
+
+    for rank, serves in (("0", False), ("1", True)):
+        monkeypatch.setenv("RANK", rank)
+        assert processes.serves() == serves
+
+
 def test_a_process_loads_its_own_centres_alone(square_root):
     """The parts' facts together are the whole's, their images are the whole's of these centres."""
     how = {"centres": ("C3", "C4", "C5"), "out_centre": "C5", "size": 32, "tau": 150}
@@ -447,6 +518,8 @@ def tiny(square_root):
 def test_what_a_process_does_and_says_when_it_serves(tiny, monkeypatch):
     """It loads its own centre, takes its share of threads; no image leaves it."""
     threads = []
+    prepare = Mock()
+    monkeypatch.setattr(fedgs.hardware, "prepare_torch", prepare)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     state = fedgs.open_local_clients(tiny, []).flat.state()
     requests = [("open", tiny, ["C5"], 3), ("test", state), processes.END]
@@ -460,6 +533,7 @@ def test_what_a_process_does_and_says_when_it_serves(tiny, monkeypatch):
     processes.serve(channel, open_local)
     assert opened == [["C5"]]
     assert threads == [3]
+    assert prepare.called
 
     [(_, facts), (_, tests)] = channel.told
     assert list(facts) == ["C5"]
@@ -482,6 +556,8 @@ def test_the_server_with_its_company(tiny, monkeypatch):
     work_of = {"C4": 9, "C5": 8}
     with processes.spread(fedgs.open_local_clients, tiny, work_of, 2) as clients:
         assert clients.owners == {"C4": 0, "C5": 1}
+        assert clients.placement == " each of 2 processes (process 0: C4; process 1: C5)"
+        assert clients.kernels is clients.local.kernels
         assert list(clients.federation.facts.items()) == list(whole.facts.items())
         assert clients.federation.fingerprint == whole.fingerprint
         assert list(clients.federation.train) == ["C4"]

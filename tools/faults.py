@@ -224,6 +224,8 @@ class Source:
         # The last of several positional arguments may have a default.
         if len(arguments) > 1:
             yield self.replaced(arguments[-1], "*()")
+        if isinstance(node.func, ast.Name) and node.func.id in ("min", "max"):
+            return  # of which the order does not matter
         for one, other in itertools.pairwise(arguments):
             first, middle, last = self.end(one), self.start(other), self.end(other)
             swapped = self.text(middle, last) + self.text(first, middle)
