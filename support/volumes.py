@@ -48,11 +48,6 @@ MORE = 2**20  # bytes that may follow the voxels: a small file may decompress to
 
 # What reading a damaged file raises.
 DAMAGE = (OSError, EOFError, ValueError, OverflowError, zlib.error)
-NOT_NIFTI = (
-    nibabel.filebasedimages.ImageFileError,
-    nibabel.spatialimages.HeaderDataError,
-    nibabel.wrapstruct.WrapStructError,
-)
 
 
 # ---------------------------------------------------------------------------------- a NIfTI file
@@ -69,7 +64,8 @@ def open_volume(path: Path) -> nibabel.spatialimages.SpatialImage:
         volume = nibabel.load(path, keep_file_open=True)
         with nibabel.openers.ImageOpener(path) as file:
             header = type(volume.header).from_fileobj(file, check=False)
-    except (*DAMAGE, *NOT_NIFTI) as error:
+    except Exception as error:
+        # What nibabel stumbles over in a damaged header may be of any kind.
         raise UserError(f"cannot read {path}: {error}") from error
 
     if len(volume.shape) != 3 or min(volume.shape) < 1:
