@@ -618,9 +618,10 @@ def read_groups(root: Path, centre: str, names: Sequence[str]) -> dict[str, str]
     for row in files.read_csv(path, ("centre", "name", "near_dup_group")):
         name = row["name"]
         group = row["near_dup_group"].strip()
-        if f"C{row['centre']}" == centre and group:
-            if groups.setdefault(name, f"group {group}") != f"group {group}":
-                raise UserError(f"{path}: {name} of centre {centre} is in two groups")
+        if f"C{row['centre']}" != centre or not group:
+            continue
+        if groups.setdefault(name, f"group {group}") != f"group {group}":
+            raise UserError(f"{path}: {name} of centre {centre} is in two groups")
 
     for name in names:
         if name not in groups:

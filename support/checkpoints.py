@@ -8,11 +8,13 @@ that comes before, so that a file with a changed bit is told from a good one.
 """
 
 import io
+import math
 import os
 import pickle
+import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,12 @@ import torch.nn as nn
 from torch import Tensor
 
 from support.errors import UserError
-from support.files import CHECKSUM_SIZE, checksum, replacing
+from support.files import CHECKSUM_SIZE, check_regular, checksum, replacing
 
 ABOUT = "fedgs"  # under this name a state dict's `_metadata` says what it is of
+LONGEST = 300  # characters of a text in a checkpoint, or of what PyTorch says of it
+MOST_RECORDS = 10_000  # tensors of an archive: a network has some hundreds
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MARK = b"blake2b "  # how the comment of an archive begins that ends with its checksum
 
 
@@ -61,8 +66,14 @@ def check_content(content: bytes) -> None:
         if not content.endswith(b"\0\0"):
             raise ValueError("its checksum is damaged")
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            # Torch compresses nothing: what is larger than its file would fill the memory.
+            items = archive.infolist()
+            size = sum(item.file_size for item in items)
+            if size > len(content) or len(items) > MOST_RECORDS:
+                raise ValueError("it holds more than a file of this size can")
+
             # Torch can be told to compute none, and writes 0 then.
-            has_crc = any(item.CRC for item in archive.infolist())
+            has_crc = any(item.CRC for item in items)
             name = archive.testzip() if has_crc else None
             if name is not None:
                 raise ValueError(f"{name} is not what was written, by its CRC-32")
@@ -88,10 +99,14 @@ def with_about(
 
 def read(path: Path) -> object:
     """torch.load of tensors and plain values. Raises UserError for every kind of damage."""
+    check_regular(path)
     try:
         content = path.read_bytes()
         check_content(content)
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        # PyTorch warns of old formats, and of what is an error here.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (
@@ -103,21 +118,26 @@ def read(path: Path) -> object:
         TypeError,
         AttributeError,
         AssertionError,
+        OverflowError,
+        MemoryError,
+        RecursionError,
         pickle.UnpicklingError,
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        reason = str(error).partition("\n")[0] or "it is empty"
-        if isinstance(error, LookupError):  # whose message is a byte, or a name
+        reason = str(error).partition("\n")[0][:LONGEST] or "it is empty"
+        if isinstance(error, LookupError | MemoryError):  # whose message is a byte, or a name
             reason = "PyTorch makes no sense of it"
+        if isinstance(error, pickle.UnpicklingError):  # whose message tells how to trust it
+            reason = "it is cut short, or holds more than tensors and plain values"
         raise UserError(f"{path} is damaged, or no checkpoint: {reason}") from error
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
     """A network's state dict, and what `with_about` put beside it; {} for a bare one.
 
-    Raises UserError for a missing or damaged file, what is no state dict, and weights that are not
-    finite.
+    Raises UserError for a missing or damaged file, what is no state dict, and tensors that no
+    network has.
     """
     state = read(path)
     return state, check_weights(state, path)
@@ -126,18 +146,73 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
 def check_weights(state: object, path: Path) -> dict:
     """What travels with the state dict that path holds; raises as `read_weights` does."""
     is_state = isinstance(state, dict) and all(isinstance(x, Tensor) for x in state.values())
-    if not is_state:
+    if not (is_state and state):
         raise UserError(
             f"{path} is no network's state dict (best.pt, best_small.pt and last.pt of a run are)"
         )
     for name, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{path} holds weights that are not finite ({name})")
+        check_tensor(tensor, name, path)
+
+        # Batch norm divides by its root.
+        if str(name).endswith("running_var") and tensor.numel() and tensor.min() < 0:
+            raise UserError(f"{path} holds a negative variance ({name})")
 
     about = read_about(state)
     if about is None:
         raise UserError(f"{path}: its configuration is damaged")
     return about
+
+
+def check_tensor(tensor: Tensor, name: object, path: Path) -> None:
+    """Raise UserError for a tensor, read from path, that holds no finite numbers of float32.
+
+    Counters and index tables are whole numbers: whether these belong there, `load` looks at.
+    """
+    name = str(name)[:LONGEST]
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    plain = plain and not (tensor.is_quantized or tensor.is_nested)
+    if not (plain and tensor.dtype in (*FLOATS, torch.int64)):
+        raise UserError(f"{path} holds {name} as a tensor of a kind that no network here has")
+
+    # By its strides, a tensor of a few bytes may claim to be of any size.
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise UserError(f"{path} holds {name} with more elements than were written")
+    if not tensor.to(torch.float32).isfinite().all():
+        raise UserError(f"{path} holds weights that are not finite ({name})")
+
+
+def check_progress(saved: object, path: Path) -> None:
+    """Raise UserError where what path holds is not what a run goes on from, see runs.Folder."""
+
+    def require(condition: bool, what: str) -> None:
+        if not condition:
+            raise UserError(f"{path} is not the state of a run, or of another version ({what})")
+
+    require(isinstance(saved, dict), "it holds something else")
+    velocity = saved.get("velocity")
+    require(isinstance(velocity, Tensor), "velocity")
+    check_tensor(velocity, "velocity", path)
+    require(velocity.dtype == torch.float32, "velocity")
+
+    history = saved.get("history")
+    require(isinstance(history, list), "history")
+    for row in history:
+        require(isinstance(row, dict), "history")
+        known = all(type(value) in (int, float, str) for value in row.values())
+        numbers = [row.get(name) for name in ("round", "eta", "dice", "seconds")]
+        require(known and all(map(is_number, numbers)), "history")
+
+    best = saved.get("best")
+    require(isinstance(best, dict), "best")
+    for found in best.values():
+        require(isinstance(found, dict) and is_number(found.get("round")), "best")
+        score = found.get("score")
+        require(is_number(score) and math.isfinite(score), "best")
+
+
+def is_number(value: object) -> bool:
+    """Whether a value from a file is a number, which True is not."""
+    return type(value) in (int, float)
 
 
 def read_about(state: dict[str, Tensor]) -> dict | None:
@@ -150,17 +225,63 @@ def read_about(state: dict[str, Tensor]) -> dict | None:
         isinstance(about, dict)
         and isinstance(about.get("config"), dict)
         and isinstance(about.get("data"), str)
+        and about["data"].isprintable()
+        and len(about["data"]) <= LONGEST
+        and is_round(about.get("round", 1))
     )
     return about if whole else None
 
 
+def is_round(value: object) -> bool:
+    """Whether a value from a file can be the number of a round."""
+    return type(value) is int and value >= 1
+
+
 def load(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Load the state dict that was read from path. Raises UserError for another network's."""
+    check_whole_numbers(network, state, path)
     try:
         network.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[-1].strip()
+        reason = str(error).splitlines()[-1].strip()[:LONGEST]
         raise UserError(f"{path} does not fit this network: {reason}") from error
+
+
+def check_whole_numbers(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Raise UserError where one has whole numbers and the other has not, or other index tables."""
+    for name, own in network.state_dict().items():
+        given = state.get(name)
+        if given is None or given.shape != own.shape:
+            continue  # PyTorch says that, all names at once
+        fits = given.is_floating_point() == own.is_floating_point()
+        if fits and not own.is_floating_point():
+            # Index tables are constants, while counters count.
+            fits = torch.equal(given, own.cpu()) if own.ndim else bool(given >= 0)
+        if not fits:
+            raise UserError(f"{path} does not fit this network: {name} holds other numbers")
+
+
+def build(new_network: Callable[[], nn.Module], state: dict[str, Tensor], path: Path) -> nn.Module:
+    """The network that a state dict, read from path, is of.
+
+    new_network: makes it, as the options say. It is first made without memory: options in a file
+    may ask for any amount. Raises UserError where the state dict does not fit it.
+    """
+    try:
+        with torch.device("meta"):
+            shapes = {name: tensor.shape for name, tensor in new_network().state_dict().items()}
+    except (RuntimeError, OverflowError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: there is no such network as its options say") from error
+    for name, tensor in state.items():
+        if name in shapes and tensor.shape != shapes[name] and shapes[name].numel() > 1:
+            raise UserError(
+                f"{path} does not fit this network: size mismatch for {name}: "
+                f"{tuple(tensor.shape)} in the file, {tuple(shapes[name])} by the options"
+            )
+
+    network = new_network()
+    load(network, state, path)
+    return network
 
 
 def load_state(flat: Any, weights: dict[str, Tensor], path: Path) -> Any:

@@ -64,7 +64,7 @@ def check_regular(path: Path) -> None:
     except OSError:
         return
     if not stat.S_ISREG(mode):
-        raise UserError(f"{path} is no file, but a folder, a pipe or a device")
+        raise UserError(f"cannot read {path}: it is no file, but a folder, a pipe or a device")
 
 
 def write_text(path: Path, text: str) -> str:
@@ -122,7 +122,7 @@ def from_checked_json(content: bytes) -> dict | None:
         return None
     try:
         value = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -244,6 +244,10 @@ def read_row(path: Path, number: int, cells: Mapping[str, str]) -> Row:
     for column in REQUIRED:
         if not cells[column]:
             raise UserError(f"{where}: {column} is empty")
+    for column in ("image", "mask", "group"):
+        # Names of files become cells of tables, and lines on a terminal.
+        if not cells.get(column, "").isprintable():
+            raise UserError(f"{where}: {column} holds what is no text: {cells[column]!r}")
 
     centre = unicodedata.normalize("NFC", cells["centre"])
     if not NAME.fullmatch(centre):
@@ -266,7 +270,9 @@ def read_row(path: Path, number: int, cells: Mapping[str, str]) -> Row:
 def path_of(folder: Path, cell: str) -> Path:
     """The path that a cell means, below the folder of its manifest."""
     # Spreadsheets of Windows have the other slash.
-    return Path(os.path.normpath(folder / cell.replace("\\", "/")))
+    path = os.path.normpath(folder / cell.replace("\\", "/"))
+    # Two of them begin the name of another machine there, and say nothing elsewhere.
+    return Path(path[1:] if path.startswith("//") else path)
 
 
 def meaning(where: str, cells: Mapping[str, str], column: str, meanings: Mapping[str, Any]) -> Any:

@@ -67,7 +67,7 @@ def count_values(paths: Sequence[Path]) -> Values:
 def is_dim(values: Sequence[int], lossy: bool) -> bool:
     """Whether a mask of these values shows something, but nothing bright.
 
-    values: in order, or the lowest and the highest; lossy: whether the mask's format may not keep them exactly
+    values: in order, or the lowest and the highest; lossy: whether the format may not keep them
     """
     # JPEG may make a black image one of a single dark grey, and spoils black around edges a little.
     faint = NOISE if lossy else 0

@@ -70,6 +70,11 @@ DATA_ROOT_HELP = (
 )
 OUT_HELP = "folder of the run; default: runs/<dataset>-<method>-<model>-<fold>-s<seed>"
 
+MOST = 1_000_000  # of rounds, epochs, images in a batch, and channels
+LONGEST_LABEL = 60
+LARGEST_IMAGE = 8192  # side of what a network sees: more is a slip, and would fill any memory
+LARGEST_VALUE = 1e30  # beyond, differences are no numbers in float32
+
 MOVED = {  # an option that was here once -> what to type now
     "--predict": "python -m tools.predict --checkpoint FILE --out FOLDER PATH…",
     "--evaluate": "python -m tools.evaluate CHECKPOINT",
@@ -212,9 +217,10 @@ def check(config: Any, known_centres: Collection[str]) -> None:
 
     for name in ("rounds", "local_epochs", "batch_size", "width"):
         require(getattr(config, name) >= 1, name, "must be at least 1")
+        require(getattr(config, name) <= MOST, name, f"must be at most {MOST}")
     for name in ("lr", "server_lr", "tau"):
         require(0 < getattr(config, name) <= 1e6, name, "must be above 0, and at most 1e6")
-    require(0 <= config.mu < math.inf, "mu", "must be a number from 0 on")
+    require(0 <= config.mu <= 1e6, "mu", "must be from 0 to 1e6")
     require(1 < config.log_base < math.inf, "log_base", "must be a number above 1")
     require(0 <= config.server_momentum < 1, "server_momentum", "must be in [0, 1)")
     require(0 <= config.seed < 2**63, "seed", "must be in [0, 2^63)")
@@ -222,7 +228,8 @@ def check(config: Any, known_centres: Collection[str]) -> None:
 
     # The networks halve their input four times, and batch norm needs more than one value.
     size = config.image_size
-    require(size >= 16 and size % 16 == 0, "image_size", "must be a multiple of 16")
+    multiple = 16 <= size <= LARGEST_IMAGE and size % 16 == 0
+    require(multiple, "image_size", f"must be a multiple of 16, at most {LARGEST_IMAGE}")
     enough = config.batch_size > 1 or size > 16
     require(enough, "batch_size", "too small for batch norm at image size 16")
     if config.model == "sd-utnet":
@@ -232,6 +239,10 @@ def check(config: Any, known_centres: Collection[str]) -> None:
     workers = config.workers
     count = workers.isascii() and workers.isdigit() and int(workers) >= 1
     require(workers == "auto" or count, "workers", "must be auto, or a number of processes")
+
+    label = config.label
+    plain = label.isprintable() and len(label) <= LONGEST_LABEL and not set(label) & set("/\\")
+    require(plain, "label", f"is part of a folder's name: no slashes, at most {LONGEST_LABEL} long")
 
     centres = config.centres
     known = shown(tuple(known_centres))
@@ -263,7 +274,8 @@ def check_images(config: Any, require: Callable[[bool, str, str], None]) -> None
     window = config.window
     if window:
         require(config.images != "colour", "window", "is for volumes and grey images")
-        rising = len(window) == 2 and -math.inf < window[0] < window[1] < math.inf
+        rising = len(window) == 2 and -LARGEST_VALUE < window[0] < window[1] < LARGEST_VALUE
+        rising = rising and window[1] - window[0] > 1 / LARGEST_VALUE
         require(rising, "window", "must be two numbers, the lower one first")
 
 

@@ -7,7 +7,6 @@ values as those of volumes do: by a window, or by their own percentiles.
 
 import contextlib
 import os
-import struct
 import threading
 import warnings
 from collections.abc import Sequence
@@ -24,8 +23,6 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 LOSSY = ("JPEG", "MPO", "WEBP")  # of them, those that may not keep values exactly
 MOST_PIXELS = 100_000_000  # of an image: a small file may decompress to any size
 LARGEST = 1e30  # value of a pixel or voxel: products of larger ones are no numbers in float32
-# What Pillow raises for damaged files: some decoders call it a SyntaxError, or a ValueError.
-UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 ORIENTATION = "orientation"  # an image's info: how it was turned by EXIF, 1 for not
 
 PERCENTILES = (0.5, 99.5)  # what lies outside is black or white where no window is given
@@ -112,8 +109,9 @@ def open_file(path: Path) -> Image.Image:
         raise UserError(f"cannot read {path}: it is no image, or of a kind not known") from error
     except UserError:
         raise
-    except UNREADABLE as error:
-        reason = str(error).partition("\n")[0]
+    except Exception as error:
+        # What a decoder stumbles over in damaged bytes may be of any kind.
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"cannot read {path}: {reason}") from error
 
     # A camera's MPO file holds a preview beside the photograph; others hold a stack.
@@ -235,7 +233,7 @@ def is_saved_in_colour(path: Path) -> bool:
             if image.mode == "P":
                 return not has_grey_palette(image)
             return not (is_deep(image) or image.mode in ("1", "L", "LA", "La"))
-    except UNREADABLE:
+    except Exception:
         return False  # it is named when it is read
 
 

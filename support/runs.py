@@ -25,6 +25,7 @@ import metrics
 from support import checkpoints, hardware, options, pictures
 from support.errors import UserError
 from support.files import (
+    check_regular,
     checksum,
     from_checked_json,
     is_temporary,
@@ -75,9 +76,10 @@ class Folder:
             check_empty(self.path, hint)
             return
 
+        check_regular(path)
         try:
             earlier = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({error!r}): choose another --out") from error
         check_same(path, earlier, record, self.config)
 
@@ -99,10 +101,11 @@ class Folder:
         Raises UserError where that is not possible; nothing is then written.
         """
         path = self.path / "resume.pt"
-        if not (self.config.resume and path.exists()):
+        if not (self.config.resume and os.path.lexists(path)):
             return []
 
         saved = checkpoints.read(path)
+        checkpoints.check_progress(saved, path)
         try:
             weights = saved["weights"]
             velocity = saved["velocity"].to(server.velocity.device)
@@ -395,12 +398,14 @@ def save_results(
 def read_results(folder: Path) -> dict:
     """results.json. Raises UserError where it, or a table that it vouches for, has changed."""
     path = folder / "results.json"
+    check_regular(path)
     results = from_checked_json(path.read_bytes())
     if results is None:
         raise was_changed(path)
 
     for name, expected in results.get("checksums", {}).items():
         table = folder / name
+        check_regular(table)
         if table.exists() and checksum(table.read_bytes()) != expected:
             raise was_changed(table)
     return results

@@ -38,6 +38,7 @@ TUMOUR = 2  # its label
 TUMOUR_PIXELS = 50  # slices with more of them are kept
 
 BLOCK = 16  # slices that are read at a time
+MARK_BYTES = 16  # of a PNG file: the checksum of its last pixels, and what ends it
 SAMPLE = 2**24  # about so many voxels of a volume are enough for its percentiles
 
 SPACINGS = 1e-3, 1e3  # mm between two voxels: less, or more, is no volume of a person
@@ -47,11 +48,6 @@ MORE = 2**20  # bytes that may follow the voxels: a small file may decompress to
 
 # What reading a damaged file raises.
 DAMAGE = (OSError, EOFError, ValueError, OverflowError, zlib.error)
-NOT_NIFTI = (
-    nibabel.filebasedimages.ImageFileError,
-    nibabel.spatialimages.HeaderDataError,
-    nibabel.wrapstruct.WrapStructError,
-)
 
 
 # ---------------------------------------------------------------------------------- a NIfTI file
@@ -68,7 +64,8 @@ def open_volume(path: Path) -> nibabel.spatialimages.SpatialImage:
         volume = nibabel.load(path, keep_file_open=True)
         with nibabel.openers.ImageOpener(path) as file:
             header = type(volume.header).from_fileobj(file, check=False)
-    except (*DAMAGE, *NOT_NIFTI) as error:
+    except Exception as error:
+        # What nibabel stumbles over in a damaged header may be of any kind.
         raise UserError(f"cannot read {path}: {error}") from error
 
     if len(volume.shape) != 3 or min(volume.shape) < 1:
@@ -416,7 +413,8 @@ def slice_files(
             content = write_slices(volume_path, segmentation_path, folder, cut)
             index = {"made_from": made_from, **content}
             # Last: an index means that all of its images are there.
-            files.write_text(folder / "index.json", files.to_json(index))
+            marks = index.pop("marks")
+            files.write_text(folder / "index.json", files.to_checked_json(index, marks))
         except OSError as error:
             why = error.strerror or error
             raise UserError(
@@ -445,26 +443,42 @@ def describe(path: Path) -> list:
 
 def read_index(folder: Path) -> dict:
     """What is said of the images in a folder of the cache; empty where nothing can be read."""
+    path = folder / "index.json"
     try:
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = path.read_bytes() if path.is_file() else b""
+    except OSError:
         return {}
-    return index if isinstance(index, dict) else {}
+    index = files.from_checked_json(content) or {}
+
+    # Without a checksum it is that of an earlier version.
+    return index if "checksum" in index else {}
 
 
 def is_whole(folder: Path, index: dict) -> bool:
-    """Whether all images of an index are there, and as long as they were when they were written."""
-    for name, length in index["bytes"].items():
+    """Whether all images of an index are there, and are those that were written."""
+    for name, mark in index["checksums"].items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != length:
+        if not path.is_file() or mark_of(path) != mark:
             return False
     return True
+
+
+def mark_of(path: Path) -> str:
+    """What tells a PNG file from others: its length, and its end.
+
+    The end holds a checksum of the last pixels. All of them have one, which is looked at when they
+    are decoded; to read them twice would take too long.
+    """
+    with path.open("rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - MARK_BYTES))
+        return f"{length} {file.read().hex()}"
 
 
 def write_slices(volume_path: Path, segmentation_path: Path, folder: Path, cut: Cut) -> dict:
     """Cut a volume into images. -> what the index says of them
 
-    {"slices": their numbers, "lesion": labels, "spacing": mm, "bytes": {file name: its length}}
+    {"slices": their numbers, "lesion": labels, "spacing": mm, "marks": {file name: see mark_of}}
     """
     lesion = cut.lesion or only_label(segmentation_path)
     slices = []
@@ -472,17 +486,17 @@ def write_slices(volume_path: Path, segmentation_path: Path, folder: Path, cut: 
         slices = cut_slices(volume_path, segmentation_path, cut._replace(lesion=lesion))
 
     numbers = []
-    lengths = {}
+    marks = {}
     for number, grey, mask in slices:
         numbers.append(number)
         mask = np.where(mask, np.uint8(255), np.uint8(0))
         for name, pixels in ((grey_name(number), grey), (mask_name(number), mask)):
             save_png(folder / name, pixels)
-            lengths[name] = (folder / name).stat().st_size
+            marks[name] = mark_of(folder / name)
 
     between_rows, between_columns = open_volume(volume_path).header.get_zooms()[:2]
     spacing = float(between_rows), float(between_columns)
-    return {"slices": numbers, "lesion": lesion, "spacing": spacing, "bytes": lengths}
+    return {"slices": numbers, "lesion": lesion, "spacing": spacing, "marks": marks}
 
 
 def save_png(path: Path, pixels: np.ndarray) -> None:

@@ -212,12 +212,7 @@ def flipped_bytes(path):
     path.write_bytes(content)
 
 
-def folder(path):
-    path.unlink()
-    path.mkdir()
-
-
-HARMS = [half, empty, text, braces, another_archive, flipped_bytes, folder]
+HARMS = [half, empty, text, braces, another_archive, flipped_bytes]
 
 
 @pytest.mark.parametrize("harm", HARMS)

@@ -679,7 +679,7 @@ def test_threshold_of_masks_and_resizing(tmp_path):
     pixels = np.zeros((64, 64, 3), np.uint8)
     pixels[:, 1::2] = 255
     record = record_of(tmp_path, pixels, mask)
-    image, found, inverse_area, small, _ = data.read_record(record, reading())
+    image, found, inverse_area, small, *_ = data.read_record(record, reading())
     assert found.sum() == 100
     assert found[10:20, 10:20].all()
     assert inverse_area == 64 * 64 / 400

@@ -362,7 +362,7 @@ def test_no_control_of_the_run_without_scaling(start, tmp_path, monkeypatch):
 
 
 def test_eta_is_averaged_over_all_rounds(tmp_path):
-    config = fedgs.Config(out=str(tmp_path / "fedgs"), fold=2, seed=3)
+    config = fedgs.Config(out=str(tmp_path / "fedgs"), fold=2, seed=3, rounds=3)
     (tmp_path / "fedgs").mkdir()
     (tmp_path / "fedgs" / "rounds.csv").write_text("round,eta\n1,1.5\n2,1.25\n3,1.0\n")
     control = experiment.control_of(config, tmp_path)
@@ -372,7 +372,7 @@ def test_eta_is_averaged_over_all_rounds(tmp_path):
 
 
 def test_a_control_is_as_fast_as_its_fedgs_run_and_scales_nothing(tmp_path):
-    config = fedgs.Config(out=str(tmp_path), server_lr=0.5, scaling="on")
+    config = fedgs.Config(out=str(tmp_path), server_lr=0.5, scaling="on", rounds=1)
     (tmp_path / "rounds.csv").write_text("round,eta\n1,1.25\n")
     control = experiment.control_of(config, tmp_path)
     assert control.server_lr == 0.5 * 1.25

@@ -6,6 +6,7 @@ from PIL import Image, ImageFilter
 
 from support import masks
 from support.errors import UserError
+from support.pixels import open_mask
 
 
 def shape_of(size=64):
@@ -27,7 +28,7 @@ def write(folder, *arrays, suffix=".png", **how):
 def read(paths, wanted=()):
     """How these masks are read -> values, the masks as bool"""
     values = masks.lesion_values("A", masks.count_values(paths), wanted)
-    return values, [masks.is_lesion(masks.open_mask(path), values) for path in paths]
+    return values, [masks.is_lesion(open_mask(path), values) for path in paths]
 
 
 def palette_image():

@@ -1,5 +1,6 @@
 """What the programs share: opening a trained network."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -36,9 +37,12 @@ def open_checkpoint(path: Path, given: Mapping[str, Any]) -> tuple[nn.Module, Co
         config, _ = configure({"preset": "paper", "method": "unknown", **given})
 
     # Of one's own data, which need not be here, the checkpoint knows the centres.
-    options.check(config, data.CENTRES.get(config.dataset, config.centres))
-    network = build_network(config)
-    checkpoints.load(network, weights, path)
+    try:
+        options.check(config, data.CENTRES.get(config.dataset, config.centres))
+    except UserError as error:
+        # The option that is named may be one that nobody has typed, but the file holds.
+        raise UserError(f"{path}: {error}") if about else error from error
+    network = checkpoints.build(functools.partial(build_network, config), weights, path)
     return network.to(hardware.choose_device(config.device)), config, about
 
 
@@ -64,7 +68,11 @@ def trained_config(path: Path, trained: Mapping[str, Any], given: Mapping[str, A
 
     # An option that it does not know of yet has the value that its data set gives.
     defaults = DATASETS.get(known.get("dataset"), {})
-    return Config(**options.with_tuples(Config, {**defaults, **known, **given}))
+    config = Config(**options.with_tuples(Config, {**defaults, **known, **given}))
+    for name in (config.dataset, *config.centres):
+        if not manifest.NAME.fullmatch(name):
+            raise UserError(f"{path}: its configuration is damaged ({name!r} is no name)")
+    return config
 
 
 def describe_origin(about: Mapping[str, Any]) -> str:

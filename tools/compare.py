@@ -436,7 +436,7 @@ def as_run(
     """One checkpoint in a run's files. Raises what incomplete or wrong content makes it raise."""
     config = results["config"]
     for name, kind in CONFIG_TYPES.items():
-        if not isinstance(config[name], kind):
+        if not isinstance(config[name], kind) or not str(config[name]).isprintable():
             raise TypeError(name)
 
     means = {}
@@ -448,21 +448,38 @@ def as_run(
     for row in rows:
         if (row["checkpoint"], row["batch_norm"]) == (checkpoint, batch_norm):
             image = row["split"], row["centre"], row["name"]
-            scores[image] = Score(
-                inverse_area=float(row["inverse_area"]),
-                small=row["small"] == "1",
-                dice=float(row["dice"]),
-                lesion_dice=float(row["lesion_dice"]),
-            )
+            if image in scores:
+                raise ValueError(f"{' '.join(image)} is there twice")
+            scores[image] = as_score(row)
     if not scores:
         raise LookupError(f"scores of {checkpoint}")
-    return Run(folder, results["data"], config, checkpoint, batch_norm, means, scores)
+    source = results["data"]
+    if not (isinstance(source, str) and source.isprintable()):
+        raise TypeError("data")
+    return Run(folder, source, config, checkpoint, batch_norm, means, scores)
+
+
+def as_score(row: dict[str, str]) -> Score:
+    """A row of scores.csv. Raises ValueError for what can be no score."""
+    score = Score(
+        inverse_area=float(row["inverse_area"]),
+        small=row["small"] == "1",
+        dice=float(row["dice"]),
+        lesion_dice=float(row["lesion_dice"]),
+    )
+    # Comparisons with NaN are false.
+    fine = score.inverse_area >= 1 and 0 <= score.dice <= 1 and 0 <= score.lesion_dice <= 1
+    if not (fine and row["small"] in ("0", "1")):
+        raise ValueError(f"{row['name']} has a score that cannot be")
+    return score
 
 
 def as_mean(found: dict) -> dict:
     """{"mean", "n"} as metrics.means gives it: JSON has null for NaN."""
     count = int(found["n"])
     mean = float(found["mean"]) if count else math.nan
+    if count < 0 or (count and not math.isfinite(mean)):
+        raise ValueError(f"a mean of {mean} over {count}")
     return {"mean": mean, "n": count}
 
 

@@ -84,9 +84,12 @@ def control_of(config: Config, out: Path) -> Config:
     path = runs.Folder(config).path / "rounds.csv"
     rows = read_csv(path, ("eta",))
     try:
-        mean_eta = float(np.mean([float(row["eta"]) for row in rows]))
+        etas = [float(row["eta"]) for row in rows]
+        if len(etas) != config.rounds or not all(1 <= eta <= 3 for eta in etas):
+            raise ValueError(f"it needs an eta from 1 to 3 for each of {config.rounds} rounds")
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): there is no control for its run") from error
+    mean_eta = float(np.mean(etas))
 
     # As long as the steps of FedGS on average, whatever its own learning rate is.
     server_lr = config.server_lr * mean_eta
