@@ -1176,7 +1176,7 @@ def files_as_read(rows: Mapping[str, Sequence[Any]], title: str) -> Figure:
 
     rows: {hospital: (image, mask, image, mask)}
     """
-    figure = new_figure(title, 2.0 * len(rows) + 0.8)
+    figure = new_figure(title, 1.95 * len(rows) + 0.6)
     grid = figure.subplots(len(rows), 4, squeeze=False)
     headings = ("image, as stored", "mask, as stored", "image, as read", "lesion, as read")
     for line, (name, pictures_of) in zip(grid, rows.items(), strict=True):
@@ -1187,8 +1187,7 @@ def files_as_read(rows: Mapping[str, Sequence[Any]], title: str) -> Figure:
             axes.imshow(picture, cmap="gray", vmin=0, vmax=most, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             axes.grid(False)
-            if line is grid[0]:
-                axes.set_title(heading)
+            axes.set_title(heading)
         line[0].set_ylabel(name)
     return figure
 
@@ -1247,23 +1246,25 @@ def effects_of_tau(
     return figure
 
 
-def losses(
-    histories: Mapping[str, Sequence[Mapping[str, Any]]], clients: Sequence[str], title: str
-) -> Figure:
-    """The training loss of each client over the rounds, a panel for each method.
+def training(history: Sequence[Mapping[str, Any]], clients: Sequence[str], title: str) -> Figure:
+    """Each client's training loss, and validation Dice with two kinds of batch-norm statistics.
 
-    histories: {method: rows of rounds.csv}
+    history: rows of rounds.csv, with "own" for the Dice with each client's own statistics
     """
-    figure = new_figure(title, 3.4)
-    row = figure.subplots(1, len(histories), sharey=True, squeeze=False)[0]
-    for axes, (method, history) in zip(row, histories.items(), strict=True):
-        rounds = [line["round"] for line in history]
-        for client, colour in zip(clients, COLOURS, strict=False):
-            values = [line[f"loss_{client}"] for line in history]
-            axes.plot(rounds, values, "o-", color=colour, label=client)
-        axes.set(title=method, xlabel="round", xticks=rounds)
-    row[0].set_ylabel("mean over the round's steps")
-    row[-1].legend()
+    figure = new_figure(title, 3.6)
+    left, right = figure.subplots(1, 2)
+    rounds = [row["round"] for row in history]
+    for client, colour in zip(clients, COLOURS, strict=False):
+        left.plot(rounds, [row[f"loss_{client}"] for row in history], color=colour, label=client)
+    left.set(title="training loss", ylabel="mean over the round's steps")
+
+    right.plot(rounds, [row["dice"] for row in history], "o-", color=ORANGE, label="averaged")
+    right.plot(rounds, [row["own"] for row in history], "o-", color=BLUE, label="own")
+    right.set(title="validation, all hospitals", ylabel="mean Dice", ylim=(0, 1))
+    right.legend(title="statistics")
+    for axes in (left, right):
+        axes.set(xlabel="round", xticks=rounds)
+    left.legend()
     return figure
 
 
