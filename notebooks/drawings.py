@@ -602,7 +602,8 @@ def curves(history: Sequence[dict], title: str) -> Figure:
 
     losses.set(title="training loss of each client", ylim=(0, 1))
     dice.set(title="validation Dice", ylim=(0, 1))
-    scale.set(title="mean step scale η", ylim=(1, None))
+    top = 1.3 * max(row["eta"] - 1 for row in history)
+    scale.set(title="mean step scale η", ylim=(1, 1 + top))
     for axes in (losses, dice, scale):
         axes.set(xlabel="round", xticks=rounds)
     losses.legend()
@@ -618,11 +619,11 @@ def methods_over_rounds(histories: dict[str, Sequence[dict]], title: str) -> Fig
     figure = new_figure(title, 3.4)
     panels = figure.subplots(1, 3, sharey=True)
     for axes, measure in zip(panels, ("Dice_S", "Dice_L", "Dice"), strict=True):
-        for name, history in histories.items():
+        for (name, history), line in zip(histories.items(), ("o-", "s--", "^:"), strict=True):
             rounds = [row["round"] for row in history]
             dice = [row[measure.lower()] for row in history]
-            axes.plot(rounds, dice, "o-", color=METHOD_COLOURS[name], label=name)
-        axes.set(title=f"validation {measure}", xlabel="round", xticks=rounds, ylim=(0, 0.6))
+            axes.plot(rounds, dice, line, color=METHOD_COLOURS[name], label=name)
+        axes.set(title=f"validation {measure}", xlabel="round", xticks=rounds, ylim=(0, 0.5))
     panels[2].legend()
     return figure
 
