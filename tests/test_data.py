@@ -435,7 +435,7 @@ def test_groups_beside_the_data_stay_together(frames):
 def test_groups_without_a_column(frames, column):
     header = {"centre", "name", "near_dup_group"} - {column}
     (frames / "index.csv").write_text(f"{','.join(sorted(header))}\n1,1\n")
-    with pytest.raises(UserError, match=r"index.csv: every row needs the columns centre, name, "):
+    with pytest.raises(UserError, match=rf"index.csv: its header needs the column {column}, once"):
         read_frames(frames, split="grouped")
 
 
