@@ -5,7 +5,7 @@ from dataclasses import asdict, fields, replace
 import pytest
 
 import data
-from fedgs import DATASETS, PRESETS, Config
+from fedgs import DATASETS, METHODS, PRESETS, SHOWN_DEFAULTS, Config
 from support import options
 from support.errors import UserError
 
@@ -46,6 +46,18 @@ def test_the_defaults():
         **{"device": "auto", "precision": "auto", "kernels": "auto", "workers": "auto"},
         **{"data_root": "", "cache": "", "out": "", "label": "", "resume": False},
     }
+
+
+def test_what_differs_from_the_defaults():
+    lits = {
+        **{"images": "slices", "window": (-200.0, 200.0), "rounds": 60, "log_base": 1000.0},
+        **{"tau": 1000.0, "centres": data.CENTRES["lits"], "out_centre": "C5", "split": "centre"},
+    }
+    quick = {"rounds": 7, "local_epochs": 1, "lr": 1e-3, "image_size": 80, "width": 8}
+    assert list(DATASETS.values()) == [{}, lits]
+    assert list(PRESETS.values()) == [{}, quick]
+    assert list(SHOWN_DEFAULTS.values()) == [lits, quick]
+    assert METHODS == {"fedbn": {"batch_norm": "local"}}
 
 
 @pytest.mark.parametrize(

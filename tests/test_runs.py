@@ -533,6 +533,31 @@ def test_rounds_have_the_same_columns():
     ]
 
 
+def test_what_a_run_says_of_itself(monkeypatch):
+    """In config.json, in the lines that it begins with, and as a title."""
+    monkeypatch.setattr(runs, "describe_hardware", lambda config, clients: "a machine")
+    facts = {"C6": data.Facts(0, 0, 9, 0, 0, "")}
+    about = {"source": "here", "notes": ["a", "b"], "fingerprint": "abc"}
+    federation = SimpleNamespace(**about, facts=facts, out_centre="C6", place="in a folder")
+    flat = SimpleNamespace(parameters=torch.zeros(1234))
+    clients = SimpleNamespace(federation=federation, flat=flat)
+    config = Config(seed=3, out="out")
+
+    record = runs.describe_run(config, clients, "9.9")
+    assert record["config"]["seed"] == 3
+    assert record["data"] == {**about, "images": {"C6 (held out)": "9"}}
+    assert record["hardware"] == "a machine"
+    assert list(record["versions"]) == ["fedgs", "python", "torch", "numpy"]
+    assert record["versions"]["fedgs"] == "9.9"
+
+    lines = runs.header(config, clients, record, "why", runs.Folder(config)).splitlines()
+    names = ["method", "data", "images", "preset", "training", "hardware", "folder"]
+    assert [line.split()[0] for line in lines] == names
+    assert lines[0] == "method   fedgs with utnet of width 32, 1,234 parameters"
+    assert lines[1] == "data     here, in a folder; a; b"
+    assert runs.title(config, federation) == "polypgen-fedgs-utnet-f1-s3 on here"
+
+
 def test_what_results_say_beside_the_measures():
     federation = SimpleNamespace(source="here", notes=["a", "b"])
     found = runs.describe_results(Config(seed=3), federation, {"best": {}})
