@@ -213,3 +213,24 @@ def test_json_has_no_nan():
     assert "NaN" not in text
     assert text.endswith("}\n")
     assert math.isnan(value["a"]["b"])  # the value itself stays as it was
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_not_waited_for(tmp_path, make):
+    path = tmp_path / "rows.csv"
+    make(path)
+    with pytest.raises(UserError, match=r"cannot read .*rows.csv: it is no file"):
+        files.check_regular(path)
+    with pytest.raises(UserError, match=r"cannot read .*rows.csv: it is no file"):
+        files.read_csv(path, ())
+
+
+def test_a_missing_file_is_another_matter(tmp_path):
+    files.check_regular(tmp_path / "none")
+    (tmp_path / "file").touch()
+    files.check_regular(tmp_path / "file")
+
+
+def test_json_too_deep_to_be_read():
+    assert files.from_checked_json(b"[" * 100_000) is None
