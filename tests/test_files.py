@@ -206,11 +206,14 @@ def test_tables_that_cannot_be_opened(tmp_path):
 
 
 def test_json_has_no_nan():
-    value = {"a": {"b": math.nan, "c": 0.1, "d": {"e": math.nan}}, "f": [1, "x"], "g": None}
+    lists = [1, "x", (math.inf, [-math.inf])]
+    value = {"a": {"b": math.nan, "c": 0.1, "d": {"e": math.nan}}, "f": lists, "g": None}
     text = files.to_json(value)
-    expected = {"a": {"b": None, "c": 0.1, "d": {"e": None}}, "f": [1, "x"], "g": None}
+    without = [1, "x", [None, [None]]]
+    expected = {"a": {"b": None, "c": 0.1, "d": {"e": None}}, "f": without, "g": None}
     assert json.loads(text) == expected
     assert "NaN" not in text
+    assert "Infinity" not in text
     assert text.endswith("}\n")
     assert math.isnan(value["a"]["b"])  # the value itself stays as it was
 
