@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Iterator
 
@@ -22,6 +23,11 @@ def readable_errors(program: str, interrupted: str = "") -> Iterator[None]:
     interrupted says what to do next. Errors of other kinds are faults of this program, and keep
     their traceback.
     """
+    # A shell may have closed them (2>&-), and bars of progress need somewhere to go.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+
     # What a terminal cannot show, as a name in other bytes than its own, is no reason to end.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

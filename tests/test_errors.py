@@ -1,6 +1,7 @@
 """How a program ends: one line and an exit code, or the traceback of a fault."""
 
 import io
+import sys
 
 import pytest
 import torch
@@ -108,3 +109,11 @@ def test_what_a_terminal_cannot_show_ends_nothing(monkeypatch):
     with readable_errors("program"):
         print("η a\udce4", flush=True)
     assert narrow.buffer.getvalue() == b"\\u03b7 a\\udce4\n"
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_what_a_shell_has_closed(monkeypatch, name):
+    monkeypatch.setattr(sys, name, None)
+    with readable_errors("program"):
+        getattr(sys, name).write("a bar of progress")
+    assert ended_by(UserError("x")) == 2
