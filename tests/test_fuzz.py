@@ -268,8 +268,8 @@ def check(reader: Reader, path: Path, content: bytes, good: object, capfd) -> No
     """The property: of this content either nothing is read, with a reason, or what is right."""
     path.write_bytes(content)
     try:
-        with in_time(), warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with in_time(), warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
             found = reader.read(path)
     except UserError as error:
         folder = str(path.parent)
@@ -277,6 +277,7 @@ def check(reader: Reader, path: Path, content: bytes, good: object, capfd) -> No
         assert str(error).isprintable(), error
     else:
         assert reader.is_right(found, good), found
+    assert not warned
     assert capfd.readouterr().err == ""
 
 
