@@ -350,9 +350,7 @@ def load(
     reading = Reading(found.kind, tuple(window), size, tau)
     for centre in wanted:
         of_centre = [record for record in found.records if record.centre == centre]
-        masks = found.masks.get(centre, "")
-        remarks = found.remarks.get(centre, [])
-        add_centre(federation, of_centre, reading, split, fold, masks, remarks)
+        add_centre(federation, of_centre, reading, split, fold, found)
     return federation
 
 
@@ -362,12 +360,12 @@ def add_centre(
     reading: Reading,
     split: str,
     fold: int,
-    masks: str,
-    remarks: Sequence[str],
+    found: Listing,
 ) -> None:
     """Split one centre's images, decode them, and add them and their facts to a federation.
 
-    Raises UserError for files that cannot be used, and a centre without any lesion.
+    found: what is said of its files. Raises UserError for files that cannot be used, and a centre
+    without any lesion.
     """
     # The held-out centre only tests.
     centre = records[0].centre
@@ -386,6 +384,7 @@ def add_centre(
         federation.in_test[centre] = test
 
     decoded = [train, validation, test]
+    remarks = [*found.remarks.get(centre, []), *remarks_on_turned(centre, decoded)]
     check_lesions(decoded, records)
     lost = sum(count_as_empty(images) for images in decoded)
     filled = sum(int((images.inverse_area < 2).sum()) for images in decoded)
@@ -397,9 +396,9 @@ def add_centre(
         flagged=flagged,
         lost=lost,
         fingerprint=hash_of(decoded),
-        masks=masks,
+        masks=found.masks.get(centre, ""),
         filled=filled > len(records) / 2,
-        remarks="; ".join([*remarks, *remarks_on_turned(centre, decoded)]),
+        remarks="; ".join(remarks),
     )
 
 

@@ -91,16 +91,18 @@ def to_csv(rows: Sequence[dict]) -> str:
 
 
 def to_json(value: dict) -> str:
-    """JSON text. NaN, for which JSON has no word, becomes null."""
+    """JSON text. NaN and infinity, for which JSON has no word, become null."""
 
-    def without_nan(x):
+    def finite(x):
         if isinstance(x, dict):
-            return {key: without_nan(item) for key, item in x.items()}
-        if isinstance(x, float) and math.isnan(x):
+            return {key: finite(item) for key, item in x.items()}
+        if isinstance(x, list | tuple):
+            return [finite(item) for item in x]
+        if isinstance(x, float) and not math.isfinite(x):
             return None
         return x
 
-    return json.dumps(without_nan(value), indent=2) + "\n"
+    return json.dumps(finite(value), indent=2) + "\n"
 
 
 def to_checked_json(value: dict, checksums: Mapping[str, str]) -> str:

@@ -145,13 +145,16 @@ def check_soft(masks: str, found: Values) -> None:
 def check_bright(values: np.ndarray, kind: str, path: Path) -> None:
     """Raise UserError for a mask that shows something, but nothing bright: it would be empty.
 
-    values: of a mask of which what is bright is lesion; kind: its format, as Pillow calls it.
+    values: of a mask of which what is bright is lesion; kind: its format, as Pillow calls it. What
+    JPEG makes of a grey lesion is bright here and there.
     """
+    lossy = kind in LOSSY
     highest = int(values.max())
-    if is_dim([int(values.min()), highest], kind in LOSSY):
+    half_bright = lossy and BRIGHT < highest < LIGHT
+    if half_bright or is_dim([int(values.min()), highest], lossy):
         raise UserError(
-            f"{path} has nothing brighter than {BRIGHT}, where lesions are, but values up to "
-            f"{highest}: save it with 0 and 255"
+            f"{path} has values up to {highest}, while lesions are what is brighter than {BRIGHT}: "
+            "save it with 0 and 255"
         )
 
 

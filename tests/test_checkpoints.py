@@ -1,7 +1,9 @@
 """Checkpoints: what travels with a state dict, and every kind of file that is none."""
 
 import contextlib
+import functools
 import io
+import math
 import os
 import zipfile
 from pathlib import Path
@@ -232,6 +234,16 @@ def test_the_reason_is_torchs_or_that_there_is_nothing(path):
         checkpoints.read(path)
 
 
+def test_beginnings_of_files(small):
+    """PyTorch has several formats, and each of them stumbles over other bytes."""
+    content = small.read_bytes()
+    for first in b"PX\x80\x00":
+        for length in range(1, 40):
+            small.write_bytes(bytes([first]) + content[1:length])
+            with pytest.raises(UserError, match=r"small.pt is damaged, or no checkpoint: ."):
+                checkpoints.read(small)
+
+
 def test_a_name_that_is_no_text(network, tmp_path):
     """In an archive that is whole otherwise."""
     torch.save(network.state_dict(), tmp_path / "whole.pt")
@@ -379,3 +391,167 @@ def test_a_full_disk_is_an_error_for_people(tmp_path, monkeypatch, size):
     monkeypatch.setattr(checkpoints, "replacing", full)
     with pytest.raises(OSError, match="No space left"):
         checkpoints.save(tmp_path / "best.pt", {"w": torch.zeros(size)})
+
+
+# ------------------------------------------------------------ tensors that no network here has
+
+KINDS = {
+    "complex": lambda x: x.to(torch.complex64),
+    "of whole numbers": lambda x: x.to(torch.int64),
+    "of bytes": lambda x: x.to(torch.int8),
+    "of flags": lambda x: x.bool(),
+    "of eight bits": lambda x: x.to(torch.float8_e5m2),
+    "sparse": lambda x: x.to_sparse(),
+    "compressed": lambda x: x.reshape(1, -1).to_sparse_csr(),
+    "quantised": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+    "without values": lambda x: x.to("meta"),
+    "nested": lambda x: torch.nested.nested_tensor([x, x]),
+    "of one number, many times": lambda x: torch.zeros(1).expand(10**6, 10**6),
+    "infinite in float32": lambda x: x.double() + 1e300,
+    "negative": lambda x: -torch.ones_like(x),
+    "flat": lambda x: x.reshape(1, -1),
+    "empty": lambda x: torch.empty(0),
+}
+
+
+@pytest.fixture
+def tiny():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["0.bias", "1.running_var", "1.num_batches_tracked"])
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_no_network_has(tiny, tmp_path, kind, name):
+    state = tiny.state_dict()
+    if kind == "negative" and name == "0.bias":
+        return  # that is fine
+    if name == "1.num_batches_tracked" and kind in ("of whole numbers", "compressed"):
+        return  # that is what it is
+    state[name] = KINDS[kind](state[name].float())
+    torch.save(state, tmp_path / "odd.pt")
+    with pytest.raises(UserError, match=rf"odd\.pt .*{name}"):
+        weights, _ = checkpoints.read_weights(tmp_path / "odd.pt")
+        checkpoints.load(tiny, weights, tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_precisions_are_read(tiny, tmp_path, kind):
+    state = {
+        name: x.to(kind) if x.is_floating_point() else x for name, x in tiny.state_dict().items()
+    }
+    torch.save(state, tmp_path / "half.pt")
+    weights, _ = checkpoints.read_weights(tmp_path / "half.pt")
+    checkpoints.load(tiny, weights, tmp_path / "half.pt")
+    assert tiny[0].weight.dtype == torch.float32
+
+
+def test_an_index_table_is_a_constant(network, path):
+    state, _ = checkpoints.read_weights(path)
+    name = next(name for name, x in state.items() if not x.is_floating_point() and x.ndim)
+    state[name] = state[name].roll(1)
+    with pytest.raises(UserError, match=rf"best\.pt does not fit this network: {name} holds other"):
+        checkpoints.load(network, state, path)
+
+
+def test_an_empty_state_dict(tmp_path):
+    torch.save({}, tmp_path / "none.pt")
+    with pytest.raises(UserError, match=r"none\.pt is no network's state dict"):
+        checkpoints.read_weights(tmp_path / "none.pt")
+
+
+def test_an_archive_that_would_fill_the_memory(small):
+    """Torch compresses nothing. Which record is large does not matter, nor whether it is read."""
+    torch.save({"w": torch.zeros(4)}, small)
+    with zipfile.ZipFile(small, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("small/data/9", bytes(10**6))
+    with pytest.raises(UserError, match=r"small\.pt .* more than a file of this size can"):
+        checkpoints.read(small)
+
+
+def test_an_archive_of_very_many_records(small, monkeypatch):
+    torch.save({"v": torch.zeros(2), "w": torch.zeros(4)}, small)
+    monkeypatch.setattr(checkpoints, "MOST_RECORDS", 3)
+    with pytest.raises(UserError, match=r"small\.pt .* more than a file of this size can"):
+        checkpoints.read(small)
+
+
+def test_a_network_is_not_made_before_the_weights_fit_it(network, path):
+    """Options in a file may ask for any amount of memory."""
+    state, _ = checkpoints.read_weights(path)
+    assert isinstance(checkpoints.build(lambda: UTNet(width=2), state, path), UTNet)
+    for width in (3, 10**6, 10**12, 2**63):
+        with pytest.raises(UserError, match=r"best\.pt"):
+            checkpoints.build(functools.partial(UTNet, width=width), state, path)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"data": "a\nb"},
+        {"data": "a\udce4"},
+        {"data": "x" * 301},
+        *({"round": x} for x in (0, "3", 1.5, True)),
+    ],
+)
+def test_facts_that_tables_cannot_hold(network, path, facts):
+    checkpoints.save(path, checkpoints.with_about(network, {**ABOUT, **facts}))
+    with pytest.raises(UserError, match=r"best.pt: its configuration is damaged"):
+        checkpoints.read_weights(path)
+
+
+def test_reasons_are_short_and_in_our_words(tmp_path):
+    torch.save({"weights": Malicious()}, tmp_path / "code.pt")
+    with pytest.raises(UserError, match=r"holds more than tensors and plain values$"):
+        checkpoints.read(tmp_path / "code.pt")
+    with pytest.raises(UserError) as caught:
+        checkpoints.load(nn.Linear(1, 1), {"x" * 10**6: torch.ones(1)}, Path("a.pt"))
+    assert len(str(caught.value)) < 500
+
+
+ROW = {"round": 1, "eta": 1.0, "dice": 0.5, "seconds": 1.0, "data": "somewhere"}
+PROGRESS = {
+    "weights": {},
+    "velocity": torch.zeros(3),
+    "history": [ROW],
+    "best": {"best": {"round": 1, "score": 0.5}},
+}
+
+
+def test_the_state_of_a_run():
+    checkpoints.check_progress(PROGRESS, Path("resume.pt"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("velocity", x) for x in (None, 3, "x", [0.0])],
+        *[("history", x) for x in (None, 3, "x", {}, torch.ones(2, 2))],
+        *[("best", x) for x in (None, 3, "x", [], torch.ones(2, 2))],
+        ("velocity", torch.tensor([0, torch.nan])),
+        ("velocity", torch.tensor([0, torch.inf])),
+        ("velocity", torch.zeros(3, dtype=torch.float64)),
+        ("velocity", torch.zeros(3, dtype=torch.int64)),
+        ("velocity", torch.zeros(3, device="meta")),
+        ("history", [1]),
+        ("history", [{**ROW, "eta": "1"}]),
+        ("history", [{**ROW, "loss_C1": [1]}]),
+        ("history", [{**ROW, "loss_C1": torch.ones(1)}]),
+        ("history", [{name: x for name, x in ROW.items() if name != "seconds"}]),
+        ("history", [{**ROW, "round": True}]),
+        ("best", {"best": 3}),
+        ("best", {"best": {"round": 1}}),
+        ("best", {"best": {"round": "1", "score": 0.5}}),
+        ("best", {"best": {"round": 1, "score": math.nan}}),
+        ("best", {"best": {"round": 1, "score": math.inf}}),
+    ],
+)
+def test_what_is_no_state_of_a_run(key, value):
+    with pytest.raises(UserError, match=r"resume\.pt"):
+        checkpoints.check_progress({**PROGRESS, key: value}, Path("resume.pt"))
+
+
+def test_something_else_is_no_state_of_a_run():
+    with pytest.raises(UserError, match=r"resume\.pt is not the state of a run"):
+        checkpoints.check_progress([PROGRESS], Path("resume.pt"))

@@ -211,3 +211,26 @@ def test_a_line_for_people(tmp_path, capsys):
     """As every program says it."""
     arguments = ["a.png", "--checkpoint", tmp_path / "none.pt", "--out", tmp_path / "out"]
     refused(capsys, exit_code(predict.main, arguments), "tools.predict", "none.pt is missing")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("width", x) for x in (0, 3, 10**6, 2**63, True, None)],
+        *[("image_size", x) for x in (17, 10**6, 16 * 10**8)],
+        ("tau", float("nan")),
+        ("window", (2.0, 1.0)),
+        ("seed", -1),
+        ("centres", ()),
+        ("centres", ("a\nb",)),
+        ("dataset", "/etc/passwd"),
+        ("dataset", "x\ny"),
+    ],
+)
+def test_options_in_a_file_that_no_run_can_have(checkpoint, name, value):
+    """They are nobody's who types: the file is named."""
+    weights, about = checkpoints.read_weights(checkpoint)
+    about["config"][name] = value
+    checkpoints.save(checkpoint, weights)
+    with pytest.raises(UserError, match=r"best\.pt"):
+        open_checkpoint(checkpoint, {})

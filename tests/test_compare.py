@@ -879,3 +879,43 @@ def test_a_label_makes_one_group_of_runs_that_differ(two_methods, tmp_path):
         "fedavg": 2,
         "fedgs": 2,
     }
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        *[("dice", x) for x in ("nan", "-0.1", "1.1", "inf")],
+        ("lesion_dice", "2"),
+        *[("inverse_area", x) for x in ("nan", "0.9", "-1")],
+        *[("small", x) for x in ("", "2", "True")],
+    ],
+)
+def test_scores_that_cannot_be(column, value):
+    row = {"name": "a", "inverse_area": "1", "small": "0", "dice": "1", "lesion_dice": "0"}
+    assert compare.as_score(row) == compare.Score(1, False, 1, 0)
+    with pytest.raises(ValueError, match="a has a score that cannot be"):
+        compare.as_score({**row, column: value})
+
+
+@pytest.mark.parametrize(
+    "found", [{"mean": None, "n": 3}, {"mean": math.nan, "n": 3}, {"mean": 1, "n": -1}]
+)
+def test_means_that_cannot_be(found):
+    with pytest.raises((ValueError, TypeError)):
+        compare.as_mean(found)
+    assert math.isnan(compare.as_mean({"mean": None, "n": 0})["mean"])
+
+
+def test_an_image_that_is_there_twice(tmp_path):
+    folder = tmp_path / "run"
+    make_run(folder, [*cases(0.1, 0.2, 0.3, 0.4), Case("a", 0.9)])
+    with pytest.raises(UserError, match=r"run: .*in_test C1 a is there twice"):
+        compare.read_run(folder)
+
+
+@pytest.mark.parametrize("changed", [{"data": "a\nb"}, {"data": 3}, {"model": "a\x1b[31m"}])
+def test_texts_that_are_none(tmp_path, changed):
+    folder = tmp_path / "run"
+    make_run(folder, cases(0.1, 0.2, 0.3, 0.4), **changed)
+    with pytest.raises(UserError, match=r"run: results\.json or scores\.csv is of another version"):
+        compare.read_run(folder)

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -1122,3 +1123,175 @@ def test_real_volumes(tmp_path):
     held = federation.out_test
     found = dict(zip(held.names, held.inverse_area.tolist(), strict=True))
     assert found == pytest.approx(listed, rel=1e-3)
+
+
+# ------------------------------------------------------- what would be left out, or read otherwise
+
+
+def pair_of(root, number):
+    """The files of an image of C1."""
+    folder = root / "data_C1"
+    return (
+        folder / "images_C1" / f"frame{number}.jpg",
+        folder / "masks_C1" / f"frame{number}_mask.jpg",
+    )
+
+
+@pytest.mark.parametrize("suffix", [".JPG", ".jpeg", ".JPEG", ".Png"])
+def test_suffixes_in_any_case_are_read(frames, suffix):
+    for path in pair_of(frames, 2):
+        path.rename(path.with_suffix(suffix))
+    assert "frame2" in everything(read_frames(frames))
+
+
+def everything(federation):
+    """The names of all images of C1."""
+    return [name for images in parts_of(federation, "C1") for name in images.names]
+
+
+@pytest.mark.parametrize("suffix", [".bmp", ".tif", ".TIFF", ".webp", ".gif", ".jp2", ".jfif"])
+def test_images_of_other_formats_are_not_left_out_without_a_word(frames, suffix):
+    image, _ = pair_of(frames, 2)
+    shutil.copy(image, image.with_name(f"other{suffix}"))
+    with pytest.raises(UserError, match=rf"other{suffix} is not read: PolypGen's images are \.jpg"):
+        read_frames(frames)
+
+
+def test_what_an_operating_system_leaves_is_no_image(frames):
+    image, _ = pair_of(frames, 2)
+    for name in ("._frame2.jpg", ".DS_Store", "Thumbs.db"):
+        image.with_name(name).write_bytes(b"x")
+    assert len(everything(read_frames(frames))) == 5
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\udce4"])
+def test_names_that_tables_cannot_hold(frames, name):
+    image, mask = pair_of(frames, 2)
+    image.rename(image.with_name(f"{name}.jpg"))
+    mask.rename(mask.with_name(f"{name}_mask.jpg"))
+    with pytest.raises(UserError, match=r"this name holds what is no text"):
+        read_frames(frames)
+
+
+@pytest.mark.parametrize("value", [0, 1, 127, 135])
+def test_masks_of_a_centre_that_would_all_be_empty(frames, value):
+    for number in range(5):
+        _, path = pair_of(frames, number)
+        mask = np.zeros((30, 40), np.uint8)
+        mask[8:16, 8:24] = value
+        Image.fromarray(mask).save(path, quality=95)
+    with pytest.raises(
+        UserError, match=r"masks of centre C1 are all empty|_mask\.jpg has values up"
+    ):
+        read_frames(frames)
+
+
+@pytest.mark.parametrize("value", [1, 127])
+def test_one_mask_that_would_be_empty(frames, value):
+    _, path = pair_of(frames, 2)
+    mask = np.zeros((30, 40), np.uint8)
+    mask[8:16, 8:24] = value
+    Image.fromarray(mask).save(path, "PNG")  # which keeps the value, whatever it is called
+    with pytest.raises(UserError, match=rf"frame2_mask\.jpg has values up to {value}"):
+        read_frames(frames)
+
+
+def test_images_that_exif_turns_otherwise_than_their_masks(frames):
+    note = Image.Exif()
+    note[0x112] = 3
+    for number in (1, 2):
+        image, _ = pair_of(frames, number)
+        Image.open(image).save(image, exif=note)
+    _, mask = pair_of(frames, 2)
+    Image.open(mask).save(mask, exif=note)  # as its image: that is fine
+
+    federation = read_frames(frames)
+    said = "1 images of C1 are turned by EXIF otherwise than their masks, as frame1.jpg"
+    assert [note for note in federation.notes if note.startswith(said)]
+    assert federation.facts["C2"].remarks == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "needs the column img_name"),
+        ("\n", "needs the column img_name"),
+        ("img_name,small_polyp\n", "none of the images of C1"),
+        ("name,small\n", "needs the column img_name"),
+        ("img_name,small_polyp,small_polyp\nframe0.jpg,True,False\n", "small_polyp, once"),
+        ("img_name,small_polyp\nother.jpg,True\n", "none of the images of C1"),
+        ("img_name,small_polyp\nframe0.png,True\n", "none of the images of C1"),
+        (
+            "img_name,small_polyp\na/frame0.jpg,True\nb/frame0.jpg,False\n",
+            "small_polyp of frame0.jpg is both True and False",
+        ),
+    ],
+)
+def test_size_flags_that_say_nothing(frames, text, words):
+    write_flags(frames, "C1", text)
+    with pytest.raises(UserError, match=f"my_dataDetails_C1.csv.*{words}"):
+        read_frames(frames)
+
+
+def test_size_flags_of_some_images_are_said_to_be(frames):
+    write_flags(frames, "C1", "img_name,small_polyp\nx/frame0.jpg,1\ny/frame0.jpg,True\nz.jpg,0\n")
+    assert "published size flags for 1 of 10 images" in read_frames(frames).notes
+
+
+@pytest.mark.parametrize("name", ["my_dataDetails_C1.CSV", "my_datadetails_C1.csv"])
+def test_tables_of_size_flags_that_are_called_otherwise(frames, name):
+    write_flags(frames, "C2", "img_name,small_polyp\nframe0.jpg,1\n")
+    (frames / "metadata" / name).write_text("img_name,small_polyp\nframe0.jpg,1\n")
+    with pytest.raises(UserError, match=rf"{name} is not read: .* called my_dataDetails_C1\.csv"):
+        read_frames(frames)
+
+
+def test_tables_that_are_links_to_nowhere(frames):
+    (frames / "metadata").mkdir()
+    (frames / "metadata" / "my_dataDetails_C1.csv").symlink_to("/nowhere")
+    with pytest.raises(UserError, match=r"my_dataDetails_C1\.csv"):
+        read_frames(frames)
+    (frames / "metadata" / "my_dataDetails_C1.csv").unlink()
+    (frames / "index.csv").symlink_to("/nowhere")
+    with pytest.raises(UserError, match=r"index\.csv"):
+        read_frames(frames, split="grouped")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("1,frame0,9\n", "frame0 of centre C1 is in two groups"),
+        ("1,frame5, \n", "no near_dup_group for centre C1, frame5"),
+    ],
+)
+def test_groups_that_contradict_themselves_or_are_empty(frames, more, words):
+    groups = {name: i for i, name in enumerate(["frame0", "frame1", "frame2", "frame3", "frame4"])}
+    rows = [f"{centre},{name},{group}" for centre in (1, 2) for name, group in groups.items()]
+    (frames / "index.csv").write_text(
+        "centre,name,near_dup_group\n" + "\n".join(rows) + "\n" + more
+    )
+    image, mask = pair_of(frames, 4)
+    shutil.copy(image, image.with_name("frame5.jpg"))
+    shutil.copy(mask, mask.with_name("frame5_mask.jpg"))
+    with pytest.raises(UserError, match=f"index.csv: {words}"):
+        read_frames(frames, split="grouped")
+
+
+def test_how_volumes_of_lits_lie_is_said(scans):
+    turned = np.array([[0, 0, 2, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
+    for path, affine in (
+        ("volume-3", turned),
+        ("segmentation-3", turned),
+        ("volume-1", 5 * turned),
+    ):
+        path = scans / "part1" / f"{path}{'.nii.gz' if '3' in path else '.nii'}"
+        values = np.asarray(nibabel.load(path).dataobj)
+        nibabel.Nifti1Image(values, affine).to_filename(path)
+
+    notes = read_scans(scans).notes
+    assert any("2 volumes of C1 are cut into slices that are not axial" in note for note in notes)
+    assert any(
+        "1 segmentations of C1 lie elsewhere than their volumes, by their affines, as "
+        "segmentation-1.nii" in note
+        for note in notes
+    )

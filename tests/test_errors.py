@@ -1,6 +1,7 @@
 """How a program ends: one line and an exit code, or the traceback of a fault."""
 
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -174,3 +175,20 @@ def test_a_real_allocation_that_fails():
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
     assert "smaller" in for_people(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31m", "a\u2028b", "a\u202eb", "a\udce4", "a\x07"])
+def test_names_that_are_no_text_are_one_line_all_the_same(capsys, name):
+    assert ended_by(UserError(f"{name}: no such file")) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.rstrip().isprintable()
+    assert "no such file" in error
+
+
+def test_what_a_terminal_cannot_show_ends_nothing(monkeypatch):
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", narrow)
+    with readable_errors("program"):
+        print("η a\udce4", flush=True)
+    assert narrow.buffer.getvalue() == b"\\u03b7 a\\udce4\n"

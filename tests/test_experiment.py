@@ -377,3 +377,12 @@ def test_a_control_is_as_fast_as_its_fedgs_run_and_scales_nothing(tmp_path):
     control = experiment.control_of(config, tmp_path)
     assert control.server_lr == 0.5 * 1.25
     assert not control.accumulates
+
+
+@pytest.mark.parametrize(
+    "etas", ["", "nan\n1", "inf\n1", "0.9\n1", "3.1\n1", "x\n1", "1", "1\n1\n1"]
+)
+def test_a_control_needs_an_eta_for_each_round(tmp_path, etas):
+    (tmp_path / "rounds.csv").write_text(f"eta\n{etas}\n")
+    with pytest.raises(UserError, match=r"rounds\.csv is damaged .*no control"):
+        experiment.control_of(fedgs.Config(out=str(tmp_path), rounds=2), tmp_path)

@@ -243,10 +243,34 @@ def test_json_is_laid_out_for_people():
 
 
 def test_json_has_no_nan():
-    value = {"a": {"b": math.nan, "c": 0.1, "d": {"e": math.nan}}, "f": [1, "x"], "g": None}
+    lists = [1, "x", (math.inf, [-math.inf])]
+    value = {"a": {"b": math.nan, "c": 0.1, "d": {"e": math.nan}}, "f": lists, "g": None}
     text = files.to_json(value)
-    expected = {"a": {"b": None, "c": 0.1, "d": {"e": None}}, "f": [1, "x"], "g": None}
+    without = [1, "x", [None, [None]]]
+    expected = {"a": {"b": None, "c": 0.1, "d": {"e": None}}, "f": without, "g": None}
     assert json.loads(text) == expected
     assert "NaN" not in text
+    assert "Infinity" not in text
     assert text.endswith("}\n")
     assert math.isnan(value["a"]["b"])  # the value itself stays as it was
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_not_waited_for(tmp_path, make):
+    path = tmp_path / "rows.csv"
+    make(path)
+    with pytest.raises(UserError, match=r"cannot read .*rows.csv: it is no file"):
+        files.check_regular(path)
+    with pytest.raises(UserError, match=r"cannot read .*rows.csv: it is no file"):
+        files.read_csv(path, ())
+
+
+def test_a_missing_file_is_another_matter(tmp_path):
+    files.check_regular(tmp_path / "none")
+    (tmp_path / "file").touch()
+    files.check_regular(tmp_path / "file")
+
+
+def test_json_too_deep_to_be_read():
+    assert files.from_checked_json(b"[" * 100_000) is None

@@ -17,6 +17,7 @@ from flwr.app import Array, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.supercore.inflatable import inflatable_object, inflatable_utils
 from flwr.supercore.task_identity import TaskIdentity
 
+import data
 import fedgs
 import metrics
 from support import flower
@@ -844,3 +845,15 @@ def test_a_method_whose_clients_keep_something_is_refused(config, nodes):
 def test_a_policy_that_makes_no_sense_is_refused(text):
     with pytest.raises(UserError, match=text.split()[0]):
         flower_apps.configure(text)
+
+
+def test_what_is_said_of_single_files_stays_in_the_hospital():
+    facts = data.Facts(4, 1, 1, 0, 0, "ab", remarks="1 images are turned, as patient-7.jpg")
+    clients = SimpleNamespace(
+        federation=SimpleNamespace(source="here", rule="", flags="", facts={"C4": facts}),
+        kernels=SimpleNamespace(name="torch"),
+        flat=SimpleNamespace(network=torch.nn.Linear(1, 1)),
+    )
+    about = flower.describe(clients, fedgs.Config(), "C4", "1")
+    flower.check_about(about)
+    assert "patient" not in str(about)

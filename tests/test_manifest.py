@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 import data
 import fedgs
+from support import manifest
 from support.errors import UserError
 from tools import compare, evaluate, predict
 from tools import manifest as manifest_tool
@@ -1138,3 +1140,16 @@ def test_a_run_on_own_volumes(scans, tmp_path, capsys):
     assert exit_code(predict.main, [*arguments, scans / "a0.nii.gz"]) == 0
     mask = nibabel.load(tmp_path / "masks" / "a0_mask.nii.gz")
     assert mask.shape == (16, 20, 4)
+
+
+@pytest.mark.parametrize("column", ["image", "mask", "group"])
+@pytest.mark.parametrize("text", ["a\nb", "a\x1b[31mb", "a\u2028b"])
+def test_cells_that_are_no_text(tmp_path, column, text):
+    cells = {"centre": "A", "image": "a.png", "mask": "b.png", "group": "", column: text}
+    with pytest.raises(UserError, match=rf"m\.csv, row 2: {column} holds what is no text"):
+        manifest.read_row(tmp_path / "m.csv", 2, cells)
+
+
+def test_two_slashes_are_no_other_place():
+    assert manifest.path_of(Path("/data"), "\\\\server\\a.png") == Path("/server/a.png")
+    assert str(manifest.path_of(Path("/data"), "\\\\server\\a.png"))[:2] == "/s"

@@ -120,3 +120,44 @@ def test_what_is_said_of_it():
     assert masks.describe_reading((1,)) == "lesion is 1 in a mask"
     assert masks.describe_reading((1, 2)) == "lesion is 1 or 2 in a mask"
     assert masks.describe_reading(()) == "lesion is what is brighter than 128 in a mask"
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "is_fine"),
+    [
+        ((0, 255), "PNG", True),
+        ((0, 129), "PNG", True),
+        ((0, 0), "PNG", True),  # an empty mask
+        ((7, 7), "JPEG", True),  # and one that JPEG has made dark grey
+        ((0, 32), "JPEG", True),  # noise around black
+        ((0, 1), "PNG", False),
+        ((0, 128), "PNG", False),
+        ((0, 33), "JPEG", False),
+        ((0, 135), "JPEG", False),  # 127 and what JPEG makes of it
+        ((0, 191), "JPEG", False),
+        ((0, 192), "JPEG", True),
+        ((255, 255), "JPEG", True),
+    ],
+)
+def test_a_mask_of_which_the_bright_is_lesion(values, kind, is_fine):
+    mask = np.array([values], np.uint16)
+    if is_fine:
+        masks.check_bright(mask, kind, "mask.png")
+        return
+    with pytest.raises(UserError, match=rf"mask.png has values up to {values[1]}, while lesions"):
+        masks.check_bright(mask, kind, "mask.png")
+
+
+def test_labels_that_jpeg_has_kept_here_and_lost_there(tmp_path):
+    paths = write(tmp_path, DISC.astype(np.uint8), suffix=".jpg", quality=100)
+    with pytest.raises(UserError, match=r"Save them as PNG"):
+        read(paths)
+
+
+def test_a_png_file_that_is_called_jpg_is_one(tmp_path):
+    """What a format keeps counts, not what a file is called."""
+    white = write(tmp_path, WHITE, suffix=".jpg")
+    ones = tmp_path / "ones.jpg"
+    Image.fromarray(DISC.astype(np.uint8)).save(ones, "PNG")
+    with pytest.raises(UserError, match=r"ones\.jpg has no pixel brighter than 128"):
+        read([*white, ones])

@@ -256,3 +256,27 @@ def test_somebody_has_to_have_test_images():
     untested = {"C1": data.Facts(9, 1, 0, 0, 0, "")}
     with pytest.raises(UserError, match="--split given leaves no test images"):
         options.check_sizes(config, untested)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "fine"),
+    [
+        ("label", ("a/b", "a\\b", "a\nb", "a\0b", "\x1b[31m", "x" * 61), ("", "x" * 60, "a b, é")),
+        ("image_size", (8208, 16 * 10**8), (8192,)),
+        ("rounds", (1_000_001, 10**20), (1_000_000,)),
+        ("width", (10**9,), ()),
+        ("mu", (1.1e6, 1e308), (1e6,)),
+    ],
+)
+def test_values_of_which_more_is_a_slip(name, values, fine):
+    for value in fine:
+        options.check(replace(Config(), **{name: value}), Config().centres)
+    for value in values:
+        with pytest.raises(UserError, match=f"^{options.spelling(name)} "):
+            options.check(replace(Config(), **{name: value}), Config().centres)
+
+
+@pytest.mark.parametrize("window", [(-2e30, 0.0), (0.0, 2e30), (0.0, 1e-31)])
+def test_windows_beyond_what_float32_tells_apart(window):
+    with pytest.raises(UserError, match=r"^--window .* two numbers"):
+        options.check(replace(Config(), images="grey", window=window), Config().centres)

@@ -1,8 +1,15 @@
 """Image files as a viewer shows them: orientation, transparency, palettes, more than 8 bits."""
 
+import contextlib
+import os
+import struct
+import warnings
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
+from test_files import flipped
 
 from support import pixels
 from support.errors import UserError
@@ -171,3 +178,123 @@ def test_an_error_is_one_line(tmp_path):
         pixels.open_image(path, "RGB")
     assert str(error.value).startswith(f"cannot read {path}")
     assert "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------- damage, and what is no image
+
+
+@pytest.fixture(autouse=True)
+def no_line_beside_ours(capfd):
+    """No library prints what is an error here."""
+    yield
+    assert capfd.readouterr().err == ""
+
+
+def test_a_flipped_bit_of_a_png_file_is_noticed(tmp_path):
+    """Pillow does not look at the checksum of the pixels: a bit there may be seen, or not."""
+    path = save(Image.fromarray(ramp() // 200 * 255), tmp_path / "a.png")
+    # The last chunk has nothing in it but its name.
+    content = path.read_bytes()
+    for damaged in flipped(content[:-12], places=range(-20, 0), count=60):
+        path.write_bytes(damaged + content[-12:])
+        with pytest.raises(UserError, match=r"cannot read .*a\.png"):
+            pixels.open_image(path, "L")
+
+
+def test_postscript_is_not_interpreted(tmp_path, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr("subprocess.Popen", never)
+    path = tmp_path / "a.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with pytest.raises(UserError, match=r"a\.png: it is no image, or of a kind not known"):
+        pixels.open_image(path, "L")
+
+
+@pytest.mark.parametrize("size", [(10_001, 10_000), (30_000, 30_000)])
+def test_an_image_that_is_too_large_is_not_decoded(tmp_path, size):
+    """Its header is enough; Pillow would warn of the first, and refuse the second."""
+    path = save(Image.new("1", (8, 8)), tmp_path / "a.png")
+    header = b"IHDR" + struct.pack(">II", *size) + bytes([1, 0, 0, 0, 0])
+    content = path.read_bytes()
+    path.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
+    with pytest.raises(UserError, match=r"a\.png"):
+        pixels.open_image(path, "L")
+
+
+def test_the_largest_image_that_is_decoded(monkeypatch, tmp_path):
+    path = save(Image.new("1", (8, 8)), tmp_path / "a.png")
+    monkeypatch.setattr(pixels, "MOST_PIXELS", 64)
+    assert read(path).shape == (8, 8)
+    monkeypatch.setattr(pixels, "MOST_PIXELS", 63)
+    with pytest.raises(UserError, match=r"a\.png is 8x8: more than 63 pixels"):
+        read(path)
+
+
+def test_libtiff_prints_nothing(tmp_path):
+    path = save(Image.fromarray(ramp()), tmp_path / "a.tif", compression="tiff_lzw")
+    content = path.read_bytes()
+    for place in range(8, 200, 3):
+        path.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
+        with contextlib.suppress(UserError):
+            pixels.open_image(path, "L")
+
+
+def test_stderr_comes_back_when_the_last_thread_is_done(capfd):
+    with pixels.QUIET:
+        with pixels.QUIET:
+            os.write(2, b"a")
+        os.write(2, b"b")
+    os.write(2, b"c")
+    assert capfd.readouterr().err == "c"
+
+
+def test_damaged_notes_of_a_camera(tmp_path):
+    junk = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\0" * 30
+    path = save(Image.fromarray(ramp()), tmp_path / "a.png", exif=junk)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert np.array_equal(read(path), ramp())
+    assert not caught
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 9])
+@pytest.mark.parametrize("mode", ["L", "RGBA", "I;16"])
+def test_how_an_image_was_turned(tmp_path, orientation, mode):
+    note = Image.Exif()
+    note[0x112] = orientation
+    image = Image.fromarray(ramp().astype(np.uint16)) if mode == "I;16" else Image.new(mode, (9, 8))
+    path = save(image, tmp_path / "a.png", exif=note)
+    noted = orientation if orientation in (3, 6) else 1
+    assert pixels.open_image(path, "L").info[pixels.ORIENTATION] == noted
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 2e30, -2e30])
+def test_values_that_are_no_grey(tmp_path, value):
+    values = np.ones((8, 8), np.float32)
+    values[3, 4] = value
+    path = save(Image.fromarray(values), tmp_path / "a.tif")
+    with pytest.raises(
+        UserError, match=r"a\.tif holds values that are no numbers, or beyond 1e\+30"
+    ):
+        read(path)
+
+
+def test_differences_too_small_to_be_seen(tmp_path):
+    values = np.linspace(0, 1e-31, 64, dtype=np.float32).reshape(8, 8)
+    with pytest.raises(UserError, match=r"a\.tif holds values that differ by"):
+        read(save(Image.fromarray(values), tmp_path / "a.tif"))
+
+
+def test_a_mask_that_is_black_to_look_at(tmp_path):
+    """In one of the darkest colours, and in a palette of two blacks: a lesion would be lost."""
+    dark = np.zeros((8, 8, 3), np.uint8)
+    dark[:4, :, 0] = 1
+    palette = Image.frombytes("P", (8, 8), bytes(range(2)) * 32)
+    palette.putpalette([0] * 768)
+    for image in (Image.fromarray(dark), palette):
+        with pytest.raises(UserError, match=r"a\.png is black, but not all of it"):
+            pixels.open_mask(save(image, tmp_path / "a.png"))
+    empty = save(Image.new("RGB", (8, 8)), tmp_path / "a.png")
+    assert not pixels.open_mask(empty).any()

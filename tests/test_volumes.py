@@ -2,8 +2,11 @@
 
 import csv
 import gzip
+import json
 import os
 import shutil
+import struct
+import warnings
 
 import nibabel
 import numpy as np
@@ -470,3 +473,178 @@ def test_a_real_volume_through_a_cache(real_volumes, tmp_path):
     for k, grey, _ in volumes.slice_files(*pair, tmp_path / "cache").slices:
         expected = (np.clip(hu[:, :, k], -200, 200) + 200) * 255 / 400
         assert np.abs(read(grey) - expected).max() <= 0.501
+
+
+# ------------------------------------------------------------------------- headers that cannot be
+
+
+FIELDS = {  # name -> type and place in a NIfTI-1 header
+    **{f"pixdim{i}": ("f", 76 + 4 * i) for i in (1, 2, 3)},
+    **{"vox_offset": ("f", 108), "scl_slope": ("f", 112), "scl_inter": ("f", 116)},
+    **{"xyzt_units": ("B", 123), "bitpix": ("h", 72), "datatype": ("h", 70)},
+    **{"srow_x0": ("f", 280), "srow_z3": ("f", 324)},
+}
+
+
+def change_header(path, field, value):
+    kind, place = FIELDS[field]
+    content = bytearray(path.read_bytes())
+    content[place : place + struct.calcsize(kind)] = struct.pack(f"<{kind}", value)
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """An uncompressed pair, whose headers can be changed."""
+    return write_volume(tmp_path, 0, labels_of(60, 0, 80), suffix=".nii")
+
+
+def read_pair(pair):
+    volumes.check_geometry(*pair)
+    return list(volumes.cut_slices(*pair))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("pixdim1", (0, -1, 9e-4, 1.1e3, 1e30, 1e-30, np.nan, np.inf)),
+        ("pixdim2", (0, np.nan)),
+        ("pixdim3", (0, -1, 1e6)),
+        ("scl_slope", (np.inf, -np.inf, 1e30, 1e-30, -1e13)),
+        ("vox_offset", (0, 100, np.inf, -np.inf, np.nan)),
+        ("xyzt_units", (1, 3, 9)),
+        ("bitpix", (0, 32)),
+        ("datatype", (0, 64)),
+        ("srow_x0", (np.nan, np.inf)),
+        ("srow_z3", (-np.inf, 1e30)),
+    ],
+)
+def test_fields_of_a_header_that_cannot_be(plain, which, field, values):
+    content = plain[which].read_bytes()
+    for value in values:
+        change_header(plain[which], field, value)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserError, match=plain[which].name):
+                read_pair(plain)
+        plain[which].write_bytes(content)
+
+
+@pytest.mark.parametrize("intercept", [np.inf, np.nan, 1e30])
+def test_an_intercept_counts_with_a_slope(plain, intercept):
+    change_header(plain[0], "scl_inter", intercept)
+    change_header(plain[0], "scl_slope", 0)
+    before = [one.grey.tolist() for one in read_pair(plain)]
+    change_header(plain[0], "scl_slope", 1)
+    with pytest.raises(UserError, match=r"volume-0\.nii"):
+        read_pair(plain)
+    change_header(plain[0], "scl_inter", 0)
+    assert [one.grey.tolist() for one in read_pair(plain)] == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("pixdim1", 1.1e-3), ("pixdim3", 900), ("xyzt_units", 2), ("xyzt_units", 0)],
+)
+def test_fields_that_can_be(plain, field, value):
+    change_header(plain[0], field, value)
+    assert len(read_pair(plain)) == 2
+
+
+@pytest.mark.parametrize("label", [np.nan, np.inf, -1, 0.5, 65536, 1e30])
+def test_values_that_are_no_labels(tmp_path, label):
+    labels = labels_of(60, 0).astype(np.float64)
+    labels[3, 4, 1] = label
+    path = tmp_path / "segmentation.nii"
+    nibabel.Nifti1Image(labels, np.eye(4)).to_filename(path)
+    with pytest.raises(UserError, match=r"segmentation\.nii holds the label .* 0 to 65535"):
+        volumes.only_label(path)
+
+
+@pytest.mark.parametrize("value", [1e300, -1e300, 2e30, np.nan])
+def test_values_too_large_to_be_any(tmp_path, value):
+    values = np.zeros((16, 20, 2))
+    values[3, 4] = value
+    pair = write_volume(tmp_path, 0, labels_of(60, 60), values, dtype=np.float64)
+    for cut in (volumes.LITS, volumes.LITS._replace(window=())):
+        with pytest.raises(UserError, match=r"volume-0\.nii\.gz holds values that are no numbers"):
+            list(volumes.cut_slices(*pair, cut))
+
+
+def test_a_compressed_file_with_far_more_in_it_than_its_voxels(pair):
+    content = gzip.decompress(pair[0].read_bytes())
+    pair[0].write_bytes(gzip.compress(content + bytes(1000)))
+    assert len(read_pair(pair)) == 2
+    pair[0].write_bytes(gzip.compress(content + bytes(volumes.MORE + 1)))
+    with pytest.raises(UserError, match=r"volume-0\.nii\.gz holds far more than the \d+ bytes"):
+        read_pair(pair)
+
+
+def test_a_header_that_claims_more_voxels_than_there_are(tmp_path):
+    """Before memory is asked for: compressed or not, a file has to hold what it says."""
+    pair = write_volume(tmp_path, 0, labels_of(60, 0), suffix=".nii")
+    content = bytearray(pair[1].read_bytes())
+    content[42:46] = struct.pack("<hh", 32767, 32767)
+    packed = tmp_path / "packed.nii.gz"
+    packed.write_bytes(gzip.compress(content))
+    pair[1].write_bytes(content)
+    for path in (pair[1], packed):
+        with pytest.raises(UserError, match=rf"cannot read .*{path.name}, it is damaged or cut"):
+            volumes.only_label(path)
+
+
+AXES = {"axial": (0, 1, 2), "sagittal": (1, 2, 0), "coronal": (0, 2, 1)}  # of the array's axes
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_volumes_that_are_not_stored_axially_are_said(tmp_path, name):
+    affine = np.zeros((4, 4))
+    affine[3, 3] = 1
+    for column, row in enumerate(AXES[name]):
+        affine[row, column] = -2
+    labels = labels_of(60, 0)
+    for kind in ("volume", "segmentation"):
+        nibabel.Nifti1Image(labels, affine).to_filename(tmp_path / f"{kind}.nii")
+    pair = tmp_path / "volume.nii", tmp_path / "segmentation.nii"
+    remarks = volumes.remarks_on("C1", [pair])
+    said = "1 volumes of C1 are cut into slices that are not axial, by their affines, as volume.nii"
+    assert remarks == ([] if name == "axial" else [said])
+
+
+def test_nothing_is_said_of_a_volume_that_says_nothing(tmp_path):
+    path = tmp_path / "volume.nii"
+    nibabel.Nifti1Image(labels_of(60), None).to_filename(path)
+    assert volumes.is_axial(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_no_volume(tmp_path):
+    os.mkfifo(tmp_path / "volume.nii")
+    with pytest.raises(UserError, match=r"cannot read .*volume\.nii: it is no file"):
+        volumes.open_volume(tmp_path / "volume.nii")
+
+
+@pytest.mark.parametrize(
+    "key", ["made_from", "slices", "lesion", "spacing", "checksums", "checksum"]
+)
+@pytest.mark.parametrize("value", [None, [], [1], "x"])
+def test_an_index_that_someone_has_edited_is_not_believed(cut, key, value):
+    found = cut()
+    path = found[0][1].parent / "index.json"
+    index = json.loads(path.read_text())
+    if value is None:
+        del index[key]
+    else:
+        index[key] = value
+    path.write_text(json.dumps(index))
+    assert cut() == found
+
+
+def test_a_slice_in_the_place_of_another_is_noticed(cut):
+    found = cut()
+    (_, first, _), (_, second, _) = found
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    assert cut() == found
+    assert first.read_bytes() == content
