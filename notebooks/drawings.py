@@ -8,6 +8,8 @@ matplotlib Figure of its own; a cell shows it with `show`, and says what is seen
 
 import base64
 import io
+import math
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,17 +20,24 @@ import torch
 from IPython.display import display
 from matplotlib import rcParams
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Ellipse, FancyBboxPatch, Rectangle
+from matplotlib.ticker import FuncFormatter
+from torch import Tensor
 
+import data
 from support import pictures
-from support.pictures import BLUE, COLOURS, GREEN, GREY, ORANGE, RED, SKY, outline
+from support.pictures import BLUE, COLOURS, GREEN, GREY, ORANGE, PURPLE, RED, SKY, outline
 
 WIDTH = 9  # inches: as wide as GitHub and JupyterLab show a picture without shrinking it
 DPI = 100
 
 INK = "#222222"
 PALE = "#bbbbbb"
+TISSUE = "#f0eee8"
+
+PLAIN = FuncFormatter("{:g}".format)  # 100, where a logarithmic axis would say 10²
 
 STYLE = {
     "font.size": 10.5,
@@ -125,13 +134,550 @@ def make_sliders(
 # --------------------------------------------------------------------------------- 00: one round
 
 
+ROUND = (  # what an arrow or a box of the drawing says, and where
+    (0.50, 0.83, "4  aggregate", r"$\theta \leftarrow \theta - (w_1 \Delta_1 + w_2 \Delta_2)$"),
+    (0.16, 0.155, "2  train on its own images", r"$\theta_1 \leftarrow \theta_1 - s$,  many times"),
+    (0.84, 0.155, "2  train on its own images", r"$\theta_2 \leftarrow \theta_2 - s$,  many times"),
+)
+
+
+def federation_round() -> Figure:
+    """One round with two hospitals: what crosses a hospital's door, and what does not."""
+    figure = new_figure("", 4.6)
+    axes = figure.subplots()
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.set_axis_off()
+
+    draw_box(axes, (0.33, 0.70), (0.34, 0.27), "server", GREEN)
+    draw_box(axes, (0.01, 0.04), (0.30, 0.42), "hospital 1", RED)
+    draw_box(axes, (0.69, 0.04), (0.30, 0.42), "hospital 2", BLUE)
+    for x, y, step, formula in ROUND:
+        axes.text(x, y + 0.035, step, ha="center", weight="bold")
+        axes.text(x, y - 0.045, formula, ha="center", size=12)
+    axes.text(0.5, 0.715, "never sees an image", ha="center", va="bottom", color=GREY, size=10)
+
+    # The frames stay inside. Those of hospital 2 hold smaller lesions.
+    draw_frames(axes, 0.05, radii=(0.024, 0.028, 0.021, 0.026), colour=RED)
+    draw_frames(axes, 0.73, radii=(0.026, 0.007, 0.006, 0.008), colour=BLUE)
+
+    # Out and back, for each hospital.
+    send(axes, (0.36, 0.68), (0.17, 0.48), INK, r"1  send $\theta$", (0.20, 0.61), "right")
+    send(axes, (0.24, 0.48), (0.43, 0.68), RED, r"3  report $\Delta_1$", (0.37, 0.56), "left")
+    send(axes, (0.64, 0.68), (0.83, 0.48), INK, r"1  send $\theta$", (0.80, 0.61), "left")
+    send(axes, (0.76, 0.48), (0.57, 0.68), BLUE, r"3  report $\Delta_2$", (0.63, 0.56), "right")
+    return figure
+
+
+def draw_box(
+    axes: Axes, corner: tuple[float, float], size: tuple[float, float], name: str, colour: str
+) -> None:
+    """A rounded box with a name in its upper left corner."""
+    x, y = corner
+    width, height = size
+    box = FancyBboxPatch(
+        corner,
+        width,
+        height,
+        boxstyle="round,pad=0,rounding_size=0.02",
+        fc="white",
+        ec=colour,
+        lw=2,
+    )
+    axes.add_patch(box)
+    axes.text(x + 0.015, y + height - 0.02, name, color=colour, weight="bold", va="top", size=12)
+
+
+def draw_frames(axes: Axes, left: float, radii: Sequence[float], colour: str) -> None:
+    """Four frames in a row, each with a round lesion."""
+    for i, radius in enumerate(radii):
+        x = left + 0.057 * i
+        axes.add_patch(Rectangle((x, 0.265), 0.05, 0.105, fc=TISSUE, ec=PALE))
+        middle = (x + 0.025, 0.318)
+        axes.add_patch(Ellipse(middle, 1.4 * radius, 2.8 * radius, fc=colour, alpha=0.75))
+
+
+def send(
+    axes: Axes,
+    start: tuple[float, float],
+    end: tuple[float, float],
+    colour: str,
+    text: str,
+    where: tuple[float, float],
+    side: str,
+) -> None:
+    """An arrow, and beside it what is sent. side: where its text is aligned"""
+    style = {"arrowstyle": "-|>", "color": colour, "lw": 2, "mutation_scale": 18}
+    axes.annotate("", end, start, arrowprops=style)
+    axes.text(*where, text, color=colour, ha=side, va="center", size=12)
+
+
+def two_of_each(federation: data.Federation) -> Figure:
+    """For each client the training images of median size, and the smallest, with their outlines."""
+    names = list(federation.train)
+    figure = new_figure(f"{federation.source}: two training images of each hospital", 2.75)
+    for axes, (name, which) in zip(
+        figure.subplots(1, 2 * len(names)),
+        [(name, which) for name in names for which in ("median", "smallest")],
+        strict=True,
+    ):
+        images = federation.train[name]
+        order = by_size(images)
+        i = order[len(order) // 2] if which == "median" else order[-1]
+        draw_image(axes, images, i)
+        axes.set_title(f"{name}, {which} lesion\n1/{images.inverse_area[i]:.0f} of the image")
+    return figure
+
+
+def by_size(images: data.Images) -> list[int]:
+    """The images with a lesion, from the largest lesion to the smallest."""
+    order = images.inverse_area.argsort(stable=True).tolist()
+    return [i for i in order if images.inverse_area[i].isfinite()]
+
+
+def draw_image(axes: Axes, images: data.Images, i: int) -> None:
+    """An image with the outline of its mask in white."""
+    axes.imshow(images.images[i].permute(1, 2, 0), interpolation="nearest")
+    axes.contour(images.masks[i, 0], [0.5], colors="white", linewidths=1.5)
+    axes.set_axis_off()
+
+
+def learning(federation: data.Federation, predictions: dict[int, dict[str, Tensor]]) -> Figure:
+    """How the prediction for one validation image of each client changes from round to round.
+
+    predictions: {round: {client: (S, S) bool, of its validation image with the largest lesion}}
+    """
+    figure = new_figure(f"{federation.source}: white the mask, dashed the prediction", 3.9)
+    names = list(federation.validation)
+    grid = figure.subplots(len(names), len(predictions), squeeze=False)
+    for row, name in zip(grid, names, strict=True):
+        images = federation.validation[name]
+        shown = by_size(images)[0]
+        for axes, (round_, predicted) in zip(row, predictions.items(), strict=True):
+            draw_image(axes, images, shown)
+            if 0 < predicted[name].float().mean() < 1:
+                axes.contour(predicted[name], [0.5], colors=SKY, linewidths=2, linestyles="--")
+            axes.set_title(f"{name}, round {round_}")
+    return figure
+
+
 # ------------------------------------------------------------------ 01: why small lesions vanish
+
+
+def first_sight(images: data.Images, i: int, source: str) -> Figure:
+    """An image, its mask, and the mask's outline on the image."""
+    figure = new_figure(f"{source}: a frame of {images.centre}, its mask, and both", 3.3)
+    frame, mask, both = figure.subplots(1, 3)
+    frame.imshow(images.images[i].permute(1, 2, 0), interpolation="nearest")
+    mask.imshow(images.masks[i, 0], cmap="Greys_r", interpolation="nearest")
+    draw_image(both, images, i)
+    for axes in (frame, mask):
+        axes.set_axis_off()
+    return figure
+
+
+def sizes(
+    inverse_area: dict[str, np.ndarray], small: dict[str, np.ndarray], tau: float, source: str
+) -> Figure:
+    """How large the lesions of each centre are, and how many of its images count as small."""
+    figure = new_figure(source, 3.9)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    for (centre, areas), colour in zip(inverse_area.items(), COLOURS, strict=False):
+        areas = np.sort(areas[np.isfinite(areas)])
+        share = np.arange(1, len(areas) + 1) / len(areas)
+        label = f"{centre}, {len(areas)} images"
+        left.step(areas, share, where="post", color=colour, label=label)
+    left.axvline(tau, color="0.3", ls="--", lw=1)
+    left.text(1.1 * tau, 0.03, f"1/a = τ = {tau}", color="0.3")
+    left.set(
+        xscale="log",
+        xlabel="inverse area 1/a (smaller lesions to the right)",
+        ylabel="share of images with at most 1/a",
+        title="lesion sizes of each centre",
+    )
+    left.xaxis.set_major_formatter(PLAIN)
+    left.legend()
+
+    percent = [100 * flags.mean() for flags in small.values()]
+    bars = right.bar(list(small), percent, color=COLOURS[: len(small)])
+    right.bar_label(bars, [f"{flags.sum()}" for flags in small.values()])
+    right.margins(y=0.12)
+    right.set(ylabel="% of all images", title="small images (on the bars: how many)")
+    return figure
+
+
+def median_images(parts: dict[str, list[data.Images]], source: str) -> Figure:
+    """Of each centre the median image among its small ones, and among the others."""
+    figure = new_figure(f"{source}: medians by size, white the mask", 4.5)
+    grid = figure.subplots(2, len(parts), squeeze=False)
+    for column, pieces in zip(grid.T, parts.values(), strict=True):
+        for axes, want_small in zip(column, (True, False), strict=True):
+            images, i = median_image(pieces, want_small)
+            draw_image(axes, images, i)
+            kind = "small" if want_small else "not small"
+            axes.set_title(f"{images.centre}, {kind}\n1/a = {images.inverse_area[i]:.0f}")
+    return figure
+
+
+def median_image(pieces: Sequence[data.Images], want_small: bool) -> tuple[data.Images, int]:
+    """The image in the middle of a centre's order by size, among small images or the others."""
+    found = []
+    for piece in pieces:
+        chosen = [i for i in by_size(piece) if bool(piece.small[i]) == want_small]
+        found += [(piece.inverse_area[i].item(), piece, i) for i in chosen]
+    found.sort(key=operator.itemgetter(0))
+    _, piece, i = found[len(found) // 2]
+    return piece, i
+
+
+def pulls(batch: data.Images, gradient: Tensor, area: Tensor, pull: Tensor, title: str) -> Figure:
+    """A batch above, and below what the loss asks of each pixel.
+
+    gradient (N, S, S); area, pull (N,): each lesion's share of the batch's
+    """
+    figure = new_figure(title, 5.4)
+    above, below = figure.subplots(2, len(batch))
+    limit = gradient.abs().max()
+    for n in range(len(batch)):
+        draw_image(above[n], batch, n)
+        above[n].set_title(f"1/a = {batch.inverse_area[n]:.0f}\n{area[n]:.1%} of the lesion pixels")
+        drawn = below[n].imshow(
+            gradient[n], cmap="PuOr", vmin=-limit, vmax=limit, interpolation="nearest"
+        )
+        below[n].contour(batch.masks[n, 0], [0.5], colors="black", linewidths=1)
+        below[n].set_title(f"{pull[n]:.1%} of the pull")
+        below[n].set_axis_off()
+    figure.colorbar(
+        drawn, ax=below, location="bottom", aspect=50, shrink=0.6, label="∂L/∂z¹ of a pixel"
+    )
+    return figure
+
+
+def shares_by_size(rows: np.ndarray, names: Sequence[str], title: str) -> Figure:
+    """Shares of each lesion against its inverse area, with a line of best fit.
+
+    rows (N, 2 + C): inverse area, whether the image is small, and C shares, called by names
+    """
+    figure = new_figure(title, 3.8)
+    panels = figure.subplots(1, len(names), sharex=True, sharey=True)
+    ends = np.array([rows[:, 0].min(), rows[:, 0].max()])
+    for column, (axes, name) in enumerate(zip(panels, names, strict=True), start=2):
+        for flag, colour, label in ((0, BLUE, "not small"), (1, ORANGE, "small")):
+            some = rows[rows[:, 1] == flag]
+            axes.loglog(some[:, 0], some[:, column], ".", color=colour, label=label)
+        slope, start = best_fit(rows, column)
+        axes.plot(ends, np.exp(start) * ends**slope, color=RED, label=f"slope {slope:.2f}")
+        axes.axhline(0.25, color="0.3", ls="--", lw=1)
+        axes.set(title=name, xlabel="inverse area 1/a", ylim=(3e-4, 1.3))
+        axes.xaxis.set_major_formatter(PLAIN)
+        axes.yaxis.set_major_formatter(PLAIN)
+        axes.legend(loc="lower left")
+    panels[0].set_ylabel("share of the batch of four")
+    return figure
+
+
+def best_fit(rows: np.ndarray, column: int) -> np.ndarray:
+    """The line through log(share) against log(inverse area). -> slope, value at inverse area 1"""
+    rows = rows[rows[:, column] > 0]
+    return np.polyfit(np.log(rows[:, 0]), np.log(rows[:, column]), 1)
+
+
+def batches_with_small(chance: dict[str, float], counts: dict[str, str], title: str) -> Figure:
+    """How many batches of each client hold a small lesion. chance: in percent"""
+    figure = new_figure(title, 3.2, width=6.5)
+    axes = figure.subplots()
+    bars = axes.bar(list(chance), list(chance.values()), color=COLOURS[: len(chance)])
+    axes.bar_label(bars, list(counts.values()))
+    axes.set(ylabel="batches with a small lesion, %", ylim=(0, 100))
+    return figure
 
 
 # ------------------------------------------------------------------------------- 02: the method
 
 
+SIDE = 128  # pixels along the side of a drawn mask
+
+
+def blob(pixels: int) -> Tensor:
+    """A mask with one lesion of so many pixels. -> (1, SIDE, SIDE) bool"""
+    row, column = np.mgrid[:SIDE, :SIDE] - 0.5 * SIDE
+    distance = torch.from_numpy(np.hypot(row - 0.3, 0.8 * column - 0.4)).flatten()
+    nearest = distance.argsort(stable=True)[:pixels]
+    mask = torch.zeros(SIDE * SIDE, dtype=torch.bool)
+    mask[nearest] = True
+    return mask.view(1, SIDE, SIDE)
+
+
+def draw_mask(axes: Axes, mask: Tensor, colour: str = INK) -> None:
+    """A mask, its lesion in a colour."""
+    shades = torch.tensor([to_rgb(TISSUE), to_rgb(colour)])
+    axes.imshow(shades[mask.int()], interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set(visible=True, edgecolor=PALE)
+
+
+def difficulty_in_steps(
+    lesions: Sequence[Tensor], stages: dict[str, Callable], tau: float
+) -> Figure:
+    """Lesions above, and below them what each stage of the difficulty makes of their size.
+
+    stages: name -> a function of 1/a, the whole way from 1/a to there
+    """
+    figure = new_figure("", 5.2)
+    above, below = figure.subfigures(2, 1, height_ratios=(1.15, 2))
+    inverse = torch.tensor([SIDE * SIDE / lesion.sum().item() for lesion in lesions])
+    for axes, mask, area in zip(above.subplots(1, len(lesions)), lesions, inverse, strict=True):
+        draw_mask(axes, mask[0], RED if area >= tau else INK)
+        axes.set_title(f"1/a = {area:.0f}")
+    above.suptitle(f"six lesions; red: small, at most 1/{tau} of the image")
+
+    x = torch.logspace(math.log10(2), 3.3, 400)
+    for axes, (name, stage) in zip(below.subplots(1, len(stages)), stages.items(), strict=True):
+        low, high = x[x < tau], x[x >= tau]
+        for part in (low, high):
+            axes.plot(part, stage(part), color=BLUE, lw=2)
+        ends = torch.stack([stage(low[-1]), stage(high[0])])  # far apart where there is a jump
+        axes.plot([tau, tau], ends, ":", color=BLUE)
+        axes.scatter(inverse, stage(inverse), color=[RED if a >= tau else INK for a in inverse])
+        axes.set(xscale="log", xlabel="1/a", title=name)
+        axes.xaxis.set_major_formatter(PLAIN)
+    return figure
+
+
+def difficulties_of(
+    inverse_area: np.ndarray, small: np.ndarray, difficulty: np.ndarray, tau: float, source: str
+) -> Figure:
+    """The difficulties of a data set's images by size, and how many there are of each size."""
+    figure = new_figure(source, 4.6)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    for flag, colour, label in ((False, SKY, "not small"), (True, RED, "small")):
+        some = small == flag
+        label = f"{label}, {some.sum()} images"
+        above.plot(inverse_area[some], difficulty[some], ".", color=colour, ms=9, label=label)
+    above.set(ylabel="difficulty δ", ylim=(-0.05, 1.05))
+    above.legend(loc="upper left")
+
+    edges = np.geomspace(0.99 * inverse_area.min(), 1.01 * inverse_area.max(), 31)
+    groups = [inverse_area[~small], inverse_area[small]]
+    below.hist(groups, edges, stacked=True, color=[SKY, RED])
+    below.set(xscale="log", xlabel="1/a of all polyps of an image together", ylabel="images")
+    below.xaxis.set_major_formatter(PLAIN)
+    for axes in (above, below):
+        axes.axvline(tau, color="0.3", ls="--", lw=1)
+    below.text(1.05 * tau, 0.9 * below.get_ylim()[1], f"τ = {tau}", color="0.3", va="top")
+    return figure
+
+
+def batch_of(
+    lesions: Sequence[Tensor], difficulty: Tensor, small: Tensor, eta: float, setting: str
+) -> Figure:
+    """The lesions of a batch with their difficulties; its step scale is in the title."""
+    figure = new_figure(f"{setting}:  η = {eta:.2f}", 2.6)
+    for n, axes in enumerate(figure.subplots(1, max(4, len(lesions)))):
+        if n >= len(lesions):
+            axes.set_axis_off()
+            continue
+        draw_mask(axes, lesions[n][0], RED if small[n] else INK)
+        area = SIDE * SIDE / lesions[n].sum().item()
+        axes.set_title(f"1/a = {area:.0f}\nδ = {difficulty[n]:.2f}", color=RED if small[n] else INK)
+    return figure
+
+
+def four_masks(
+    batch: Tensor, area: Tensor, small: Tensor, difficulty: Tensor, eta: float
+) -> Figure:
+    """The batch that is computed by hand."""
+    figure = new_figure(f"four masks: η = {eta:.4f}", 3.3)
+    for i, (axes, name) in enumerate(zip(figure.subplots(1, 4), "ABCD", strict=True)):
+        draw_mask(axes, batch[i, 0], RED if small[i] else INK)
+        kind = "small" if small[i] else "not small"
+        axes.set_title(f"{name}: {area[i]} pixels\n{kind}, δ = {difficulty[i]:.3f}")
+    return figure
+
+
+def two_clients(
+    paths: Sequence[Tensor], updates: Sequence[Tensor], weights: Sequence[float], title: str
+) -> Figure:
+    """One round in the plane of two weights: where clients walk, what they report, and the server.
+
+    paths (T + 1, 2) each, from theta on
+    """
+    figure = new_figure(title, 4.2)
+    axes = figure.subplots()
+    theta = paths[0][0]
+    reports = [theta - update for update in updates]
+    axes.plot(*torch.stack(reports).T, color="0.7", lw=1)
+    for number, (path, report, colour) in enumerate(
+        zip(paths, reports, (RED, BLUE), strict=True), start=1
+    ):
+        name = f"client {number}"
+        axes.plot(*path.T, ".-", color=colour, label=f"{name}: its own weights")
+        axes.plot(*torch.stack([theta, report]).T, "--", color=colour, lw=1)
+        axes.plot(*report, "s", color=colour, ms=9, label=f"{name}: what it reports, θ − Δ")
+
+    own = sum(w * path[-1] for w, path in zip(weights, paths, strict=True))
+    new = sum(w * report for w, report in zip(weights, reports, strict=True))
+    axes.plot(*own, "D", color="0.4", ms=9, label="mean of their own weights")
+    axes.plot(*new, "*", color=GREEN, ms=16, label="new θ of FedGS")
+    axes.set(xlabel="first weight", ylabel="second weight", aspect="equal")
+    axes.set(xlim=(-0.3, 1.9), ylim=(-0.1, 0.95))
+    axes.legend(loc="lower right", fontsize=9.5)
+    return figure
+
+
+def server_paths(paths: dict[str, list[float]]) -> Figure:
+    """The one weight of a toy server over the rounds."""
+    figure = new_figure("every round the only client reports Δ = −1", 3.4, width=6.5)
+    axes = figure.subplots()
+    for (label, path), colour in zip(paths.items(), (GREY, BLUE, ORANGE, RED), strict=True):
+        axes.plot(path, ".-", color=colour, label=label)
+    axes.set(xlabel="round", ylabel="weight")
+    axes.legend()
+    return figure
+
+
+def apart(distances: dict[str, float], title: str) -> Figure:
+    """How far other methods' new weights are from FedGS's, in percent of its step."""
+    figure = new_figure(title, 2.2)
+    axes = figure.subplots()
+    bars = axes.barh(list(distances), list(distances.values()), color=[ORANGE, BLUE])
+    axes.bar_label(bars, [f"{x:.1f} %" for x in distances.values()], padding=3)
+    axes.set(
+        xlabel="distance to FedGS's new weights, % of its step",
+        xlim=(0, 1.2 * max(distances.values())),
+    )
+    axes.invert_yaxis()
+    return figure
+
+
+def index_table(table: Tensor, changed: Tensor) -> Figure:
+    """UTNet's table of constants, and which of them an average in floating point has changed."""
+    figure = new_figure("", 3.9)
+    left, right = figure.subplots(1, 2)
+    shown = left.imshow(table, cmap="viridis", interpolation="nearest")
+    figure.colorbar(shown, ax=left, label="which number of the learned table")
+    left.set_title("UTNet's index table")
+    right.imshow(changed, cmap="Greys", interpolation="nearest")
+    right.set_title(f"black: the {changed.sum()} entries that changed")
+    for axes in (left, right):
+        axes.set(xlabel="cell that is looked at", ylabel="cell that looks")
+        axes.grid(False)
+    return figure
+
+
 # ------------------------------------------------------------------------------ 03: a federation
+
+
+def cosines(values: Tensor, names: Sequence[str], title: str) -> Figure:
+    """A table of cosines between updates, in colours. values (K, K)"""
+    figure = new_figure(title, 3.6, width=5)
+    axes = figure.subplots()
+    shown = axes.imshow(values, vmin=0, vmax=1, cmap="Blues")
+    places = range(len(names))
+    for i in places:
+        for j in places:
+            value = values[i, j].item()
+            colour = "white" if value > 0.6 else "black"
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour)
+    axes.set_xticks(places, names)
+    axes.set_yticks(places, names)
+    axes.grid(False)
+    figure.colorbar(shown)
+    return figure
+
+
+def curves(history: Sequence[dict], title: str) -> Figure:
+    """A run over its rounds: each client's loss, validation Dice by size, the step scale."""
+    figure = new_figure(title, 3.6)
+    losses, dice, scale = figure.subplots(1, 3)
+    rounds = [row["round"] for row in history]
+    names = [column for column in history[0] if column.startswith("loss_")]
+    for column, colour in zip(names, COLOURS, strict=False):
+        label = column.removeprefix("loss_")
+        losses.plot(rounds, [row[column] for row in history], "o-", color=colour, label=label)
+    for column, label, colour in (("dice_l", "Dice_L", BLUE), ("dice_s", "Dice_S", RED)):
+        dice.plot(rounds, [row[column] for row in history], "o-", color=colour, label=label)
+    scale.plot(rounds, [row["eta"] for row in history], "o-", color=GREEN)
+
+    losses.set(title="training loss of each client", ylim=(0, 1))
+    dice.set(title="validation Dice", ylim=(0, 1))
+    top = 1.3 * max(row["eta"] - 1 for row in history)
+    scale.set(title="mean step scale η", ylim=(1, 1 + top))
+    for axes in (losses, dice, scale):
+        axes.set(xlabel="round", xticks=rounds)
+    losses.legend()
+    dice.legend()
+    return figure
+
+
+METHOD_COLOURS = {"FedAvg": BLUE, "control": GREEN, "FedGS": RED, "FedProx": PURPLE, "FedBN": GREY}
+
+
+def methods_over_rounds(histories: dict[str, Sequence[dict]], title: str) -> Figure:
+    """Validation Dice of several runs over their rounds."""
+    figure = new_figure(title, 3.4)
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, measure in zip(panels, ("Dice_S", "Dice_L", "Dice"), strict=True):
+        for (name, history), line in zip(histories.items(), ("o-", "s--", "^:"), strict=True):
+            rounds = [row["round"] for row in history]
+            dice = [row[measure.lower()] for row in history]
+            axes.plot(rounds, dice, line, color=METHOD_COLOURS[name], label=name)
+        axes.set(title=f"validation {measure}", xlabel="round", xticks=rounds, ylim=(0, 0.5))
+    panels[2].legend()
+    return figure
+
+
+def two_statistics(dice: dict[tuple[str, str], tuple[float, float]], title: str) -> Figure:
+    """The same weights with averaged statistics, and with each centre's own.
+
+    dice: {(method, centre): (averaged, own)}
+    """
+    centres = list(dict.fromkeys(centre for _, centre in dice))
+    figure = new_figure(title, 3.6)
+    top = 1.15 * max(max(pair) for pair in dice.values())
+    for axes, centre in zip(figure.subplots(1, len(centres), sharey=True), centres, strict=True):
+        for (method, where), pair in dice.items():
+            if where == centre:
+                axes.plot([0, 1], pair, "o-", color=METHOD_COLOURS[method], label=method)
+        axes.set_xticks([0, 1], ["averaged", "own"])
+        axes.set(title=centre, xlim=(-0.4, 1.4), ylim=(0, top))
+    axes.legend(fontsize=9)
+    figure.supylabel("mean Dice")
+    return figure
+
+
+def seed_table(values: dict[str, np.ndarray], title: str) -> Figure:
+    """A point for each seed and method. values: {method: (seeds,)}"""
+    figure = new_figure(title, 3.2)
+    axes = figure.subplots()
+    for row, (name, dice) in enumerate(values.items()):
+        axes.plot(dice, [row] * len(dice), "o", color=METHOD_COLOURS[name], alpha=0.6)
+        axes.plot(dice.mean(), row, "|", color=INK, ms=22, mew=2)
+        for seed, value in enumerate(dice):
+            axes.annotate(
+                str(seed), (value, row), (0, 6), textcoords="offset points", ha="center", size=9
+            )
+    axes.set_yticks(range(len(values)), list(values))
+    axes.set(xlabel="mean Dice (numbers: seeds, bars: means)", ylim=(len(values) - 0.4, -0.6))
+    return figure
+
+
+def intervals(found: dict[str, tuple[float, float, float]], title: str) -> Figure:
+    """Differences with their intervals; in red those that do not cover 0.
+
+    found: {what: (mean, low, high)}
+    """
+    figure = new_figure(title, 0.42 * len(found) + 1.3)
+    axes = figure.subplots()
+    for row, (mean, low, high) in enumerate(found.values()):
+        colour = INK if low <= 0 <= high else RED
+        axes.plot([low, high], [row, row], color=colour, lw=2)
+        axes.plot(mean, row, "o", color=colour)
+    axes.axvline(0, color="0.3", lw=1)
+    axes.set_yticks(range(len(found)), list(found))
+    axes.set(xlabel="difference in Dice", ylim=(len(found) - 0.5, -0.5))
+    return figure
 
 
 # ----------------------------------------------------------------------------- 04: disentangled
@@ -144,13 +690,13 @@ def frames(frames: Mapping[str, tuple[Any, int]], title: str) -> Figure:
     figure = new_figure(title, 2.9)
     row = figure.subplots(1, len(frames), squeeze=False)[0]
     for axes, (centre, (images, i)) in zip(row, frames.items(), strict=True):
-        draw_image(axes, images.images[i].permute(1, 2, 0))
+        draw_picture(axes, images.images[i].permute(1, 2, 0))
         outline(axes, images.masks[i, 0].numpy(), "white", "solid")
         axes.set_title(f"{centre}, 1/a = {images.inverse_area[i]:.0f}")
     return figure
 
 
-def draw_image(axes: Axes, picture: Any) -> None:
+def draw_picture(axes: Axes, picture: Any) -> None:
     """An image (H, W, 3), or (H, W) in grey, as sharp as it is."""
     axes.imshow(picture, cmap="gray", interpolation="nearest")
     axes.set_axis_off()
@@ -238,7 +784,7 @@ def anatomy(image: Any, reconstruction: Any, channels: Any, title: str) -> Figur
     for axes, name, x in zip(
         grid[:, 0], ("image", "reconstruction"), (image, reconstruction), strict=True
     ):
-        draw_image(axes, ((x - low) / (high - low)).permute(1, 2, 0))
+        draw_picture(axes, ((x - low) / (high - low)).permute(1, 2, 0))
         axes.set_title(name)
 
     for i, axes in enumerate(grid[:, 1:].flat):
@@ -266,7 +812,7 @@ def erased(
     bars.set(xlabel="channel erased", ylabel="the dice term grows by", xticks=numbers)
     bars.set_ylim(-0.1, 0.2)
 
-    draw_image(image, one.images[0].permute(1, 2, 0))
+    draw_picture(image, one.images[0].permute(1, 2, 0))
     image.set_title("image, lesion")
     map_.imshow(channel, cmap="PuOr", vmin=-1, vmax=1, interpolation="nearest")
     map_.set_title(f"channel {number}")
@@ -330,7 +876,7 @@ def swaps(grid: Mapping[tuple[str, str], Any], title: str) -> Figure:
     cells = figure.subplots(len(rows), len(columns), squeeze=False)
     for (row, column), picture in grid.items():
         axes = cells[rows.index(row), columns.index(column)]
-        draw_image(axes, picture)
+        draw_picture(axes, picture)
         axes.set_title(f"{row}, {column}" if column == "image" else column)
     return figure
 
@@ -503,7 +1049,7 @@ def window(hu: Any, grey: Any, tumour: Any, title: str) -> Figure:
     whole.imshow(hu, cmap="gray", vmin=-1000, vmax=1500, interpolation="nearest")
     whole.set_title("-1000 to 1500 HU")
     whole.set_axis_off()
-    draw_image(windowed, grey)
+    draw_picture(windowed, grey)
     outline(windowed, tumour, "white", "solid")
     windowed.set_title("window: -200 to 200 HU, tumour outlined")
     return figure
@@ -616,7 +1162,7 @@ def volume(grey: Any, truth: Any, predicted: Any, numbers: Sequence[int], title:
     """Slices of a volume with two outlines. grey (N, H, W, 1); truth, predicted (H, W, N)"""
     figure = new_figure(title, 6.2)
     for i, axes in enumerate(figure.subplots(2, 3).flat):
-        draw_image(axes, grey[i])
+        draw_picture(axes, grey[i])
         outline(axes, truth[..., i], "white", "solid")
         outline(axes, predicted[..., i], SKY, "dashed")
         axes.set_title(f"slice {numbers[i]}")
@@ -728,7 +1274,7 @@ def new_image(stored: Any, overlay: Any, marked: Any, truth: Any, title: str) ->
     figure = new_figure(title, 3.2)
     row = figure.subplots(1, 3)
     for axes, picture in zip(row, (stored, overlay, marked), strict=True):
-        draw_image(axes, picture)
+        draw_picture(axes, picture)
     outline(row[2], truth, ORANGE, "solid")
     names = ("new.jpg, as it is stored", "new_overlay.png", "new_mask.png, truth in orange")
     for axes, name in zip(row, names, strict=True):

@@ -323,3 +323,36 @@ def test_a_wrong_number_is_noticed():
     assert without_source(fine, outputs, {}) == []
     wrong = "η is 1.09, +0.009, 41 %, 3× as much, 0.1"
     assert without_source(wrong, outputs, {"0.1": "a"}) == ["1.09", "+0.009", "41%", "3×"]
+
+
+# ------------------------------------------------------------------------------------- drawings
+
+
+def test_a_slider_draws_anew(monkeypatch):
+    """The picture that is stored is that of the middle; a slider that is moved changes it."""
+    monkeypatch.syspath_prepend(ROOT)
+    drawings = pytest.importorskip("notebooks.drawings")
+    drawn = []
+
+    def draw(tau, base):
+        drawn.append((tau, base))
+        return drawings.new_figure(f"{tau}, {base}", height=1)
+
+    shown = []
+    monkeypatch.setattr(drawings, "display", lambda *forms, **_: shown.extend(forms))
+    drawings.show_with_sliders(draw, "a picture of numbers", tau=(50, 150, 500), base=(10, 100))
+    assert drawn == [(150, 100)]
+    assert base64.b64decode(shown[0]["image/png"]).startswith(b"\x89PNG")
+    assert WIDGET in shown[0]
+
+    choices = {"tau": (50, 150, 500), "base": (10, 100)}
+    box = drawings.make_sliders(draw, b"", choices, {"tau": 150, "base": 100})
+    tau, base, picture = box.children
+    tau.value = 500
+    base.value = 10
+    assert drawn[1:] == [(500, 100), (500, 10)]
+    assert bytes(picture.value).startswith(b"\x89PNG")
+
+    monkeypatch.setenv("FEDGS_STATIC", "1")
+    drawings.show_with_sliders(draw, "a picture of numbers", tau=(50, 150, 500), base=(10, 100))
+    assert WIDGET not in shown[-1]
