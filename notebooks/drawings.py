@@ -116,6 +116,8 @@ def make_sliders(
 ) -> ipywidgets.VBox:
     """A slider for each name, above the picture that they change. chosen: where they stand."""
     image = ipywidgets.Image(value=picture, format="png")
+
+    # Values need not be equally far apart. A picture is drawn when a slider is let go.
     sliders = {}
     for name, values in choices.items():
         sliders[name] = ipywidgets.SelectionSlider(
@@ -213,18 +215,16 @@ def send(
 
 def two_of_each(federation: data.Federation) -> Figure:
     """For each client the training images of median size, and the smallest, with their outlines."""
-    names = list(federation.train)
     figure = new_figure(f"{federation.source}: two training images of each hospital", 2.75)
-    for axes, (name, which) in zip(
-        figure.subplots(1, 2 * len(names)),
-        [(name, which) for name in names for which in ("median", "smallest")],
-        strict=True,
-    ):
-        images = federation.train[name]
+    panels = iter(figure.subplots(1, 2 * len(federation.train)))
+    for name, images in federation.train.items():
         order = by_size(images)
-        i = order[len(order) // 2] if which == "median" else order[-1]
-        draw_outlined(axes, images, i)
-        axes.set_title(f"{name}, {which} lesion\n1/{images.inverse_area[i]:.0f} of the image")
+        chosen = {"median": order[len(order) // 2], "smallest": order[-1]}
+        for which, i in chosen.items():
+            axes = next(panels)
+            draw_image(axes, images, i)
+            size = f"1/{images.inverse_area[i]:.0f} of the image"
+            axes.set_title(f"{name}, {which} lesion\n{size}")
     return figure
 
 
@@ -234,7 +234,7 @@ def by_size(images: data.Images) -> list[int]:
     return [i for i in order if images.inverse_area[i].isfinite()]
 
 
-def draw_outlined(axes: Axes, images: data.Images, i: int) -> None:
+def draw_image(axes: Axes, images: data.Images, i: int) -> None:
     """An image with the outline of its mask in white."""
     axes.imshow(images.images[i].permute(1, 2, 0), interpolation="nearest")
     axes.contour(images.masks[i, 0], [0.5], colors="white", linewidths=1.5)
@@ -253,7 +253,9 @@ def learning(federation: data.Federation, predictions: dict[int, dict[str, Tenso
         images = federation.validation[name]
         shown = by_size(images)[0]
         for axes, (round_, predicted) in zip(row, predictions.items(), strict=True):
-            draw_outlined(axes, images, shown)
+            draw_image(axes, images, shown)
+
+            # A prediction without an edge, nothing or everything, has no outline.
             if 0 < predicted[name].float().mean() < 1:
                 axes.contour(predicted[name], [0.5], colors=SKY, linewidths=2, linestyles="--")
             axes.set_title(f"{name}, round {round_}")
@@ -269,7 +271,7 @@ def first_sight(images: data.Images, i: int, source: str) -> Figure:
     frame, mask, both = figure.subplots(1, 3)
     frame.imshow(images.images[i].permute(1, 2, 0), interpolation="nearest")
     mask.imshow(images.masks[i, 0], cmap="Greys_r", interpolation="nearest")
-    draw_outlined(both, images, i)
+    draw_image(both, images, i)
     for axes in (frame, mask):
         axes.set_axis_off()
     return figure
@@ -286,6 +288,7 @@ def sizes(
         share = np.arange(1, len(areas) + 1) / len(areas)
         label = f"{centre}, {len(areas)} images"
         left.step(areas, share, where="post", color=colour, label=label)
+
     left.axvline(tau, color="0.3", ls="--", lw=1)
     left.text(1.1 * tau, 0.03, f"1/a = τ = {tau}", color="0.3")
     left.set(
@@ -312,7 +315,7 @@ def median_images(parts: dict[str, list[data.Images]], source: str) -> Figure:
     for column, pieces in zip(grid.T, parts.values(), strict=True):
         for axes, want_small in zip(column, (True, False), strict=True):
             images, i = median_image(pieces, want_small)
-            draw_outlined(axes, images, i)
+            draw_image(axes, images, i)
             kind = "small" if want_small else "not small"
             axes.set_title(f"{images.centre}, {kind}\n1/a = {images.inverse_area[i]:.0f}")
     return figure
@@ -338,8 +341,10 @@ def pulls(batch: data.Images, gradient: Tensor, area: Tensor, pull: Tensor, titl
     above, below = figure.subplots(2, len(batch))
     limit = gradient.abs().max()
     for n in range(len(batch)):
-        draw_outlined(above[n], batch, n)
+        draw_image(above[n], batch, n)
         above[n].set_title(f"1/a = {batch.inverse_area[n]:.0f}\n{area[n]:.1%} of the lesion pixels")
+
+        # The same limits for all, so that a colour means the same everywhere.
         drawn = below[n].imshow(
             gradient[n], cmap="PuOr", vmin=-limit, vmax=limit, interpolation="nearest"
         )
@@ -364,6 +369,8 @@ def shares_by_size(rows: np.ndarray, names: Sequence[str], title: str) -> Figure
         for flag, colour, label in ((0, BLUE, "not small"), (1, ORANGE, "small")):
             some = rows[rows[:, 1] == flag]
             axes.loglog(some[:, 0], some[:, column], ".", color=colour, label=label)
+
+        # A line through logarithms is a power of 1/a.
         slope, start = best_fit(rows, column)
         axes.plot(ends, np.exp(start) * ends**slope, color=RED, label=f"slope {slope:.2f}")
         axes.axhline(0.25, color="0.3", ls="--", lw=1)
@@ -432,6 +439,7 @@ def difficulty_in_steps(
         axes.set_title(f"1/a = {area:.0f}")
     above.suptitle(f"six lesions; red: small, at most 1/{tau} of the image")
 
+    # Two lines, so that a jump at tau is drawn as one.
     x = torch.logspace(math.log10(2), 3.3, 400)
     for axes, (name, stage) in zip(below.subplots(1, len(stages)), stages.items(), strict=True):
         low, high = x[x < tau], x[x >= tau]
@@ -458,6 +466,7 @@ def difficulties_of(
     above.set(ylabel="difficulty δ", ylim=(-0.05, 1.05))
     above.legend(loc="upper left")
 
+    # Bars that are equally wide on a logarithmic axis.
     edges = np.geomspace(0.99 * inverse_area.min(), 1.01 * inverse_area.max(), 31)
     groups = [inverse_area[~small], inverse_area[small]]
     below.hist(groups, edges, stacked=True, color=[SKY, RED])
@@ -516,6 +525,7 @@ def two_clients(
         axes.plot(*torch.stack([theta, report]).T, "--", color=colour, lw=1)
         axes.plot(*report, "s", color=colour, ms=9, label=f"{name}: what it reports, θ − Δ")
 
+    # Where the server ends up, without scaling and with it.
     own = sum(w * path[-1] for w, path in zip(weights, paths, strict=True))
     new = sum(w * report for w, report in zip(weights, reports, strict=True))
     axes.plot(*own, "D", color="0.4", ms=9, label="mean of their own weights")
@@ -574,6 +584,8 @@ def cosines(values: Tensor, names: Sequence[str], title: str) -> Figure:
     figure = new_figure(title, 3.6, width=5)
     axes = figure.subplots()
     shown = axes.imshow(values, vmin=0, vmax=1, cmap="Blues")
+    figure.colorbar(shown)
+
     places = range(len(names))
     for i in places:
         for j in places:
@@ -583,7 +595,6 @@ def cosines(values: Tensor, names: Sequence[str], title: str) -> Figure:
     axes.set_xticks(places, names)
     axes.set_yticks(places, names)
     axes.grid(False)
-    figure.colorbar(shown)
     return figure
 
 
@@ -596,8 +607,11 @@ def curves(history: Sequence[dict], title: str) -> Figure:
     for column, colour in zip(names, COLOURS, strict=False):
         label = column.removeprefix("loss_")
         losses.plot(rounds, [row[column] for row in history], "o-", color=colour, label=label)
+
     for column, label, colour in (("dice_l", "Dice_L", BLUE), ("dice_s", "Dice_S", RED)):
         dice.plot(rounds, [row[column] for row in history], "o-", color=colour, label=label)
+
+    # From 1, which stands for steps that were not scaled.
     scale.plot(rounds, [row["eta"] for row in history], "o-", color=GREEN)
 
     losses.set(title="training loss of each client", ylim=(0, 1))
@@ -654,6 +668,8 @@ def seed_table(values: dict[str, np.ndarray], title: str) -> Figure:
     for row, (name, dice) in enumerate(values.items()):
         axes.plot(dice, [row] * len(dice), "o", color=METHOD_COLOURS[name], alpha=0.6)
         axes.plot(dice.mean(), row, "|", color=INK, ms=22, mew=2)
+
+        # Which seed is which: the same one may be best here and worst there.
         for seed, value in enumerate(dice):
             axes.annotate(
                 str(seed), (value, row), (0, 6), textcoords="offset points", ha="center", size=9
@@ -671,6 +687,7 @@ def intervals(found: dict[str, tuple[float, float, float]], title: str) -> Figur
     figure = new_figure(title, 0.42 * len(found) + 1.3)
     axes = figure.subplots()
     for row, (mean, low, high) in enumerate(found.values()):
+        # In red what would be reported as a difference.
         colour = INK if low <= 0 <= high else RED
         axes.plot([low, high], [row, row], color=colour, lw=2)
         axes.plot(mean, row, "o", color=colour)
@@ -690,13 +707,13 @@ def frames(frames: Mapping[str, tuple[Any, int]], title: str) -> Figure:
     figure = new_figure(title, 2.9)
     row = figure.subplots(1, len(frames), squeeze=False)[0]
     for axes, (centre, (images, i)) in zip(row, frames.items(), strict=True):
-        draw_image(axes, images.images[i].permute(1, 2, 0))
+        draw_picture(axes, images.images[i].permute(1, 2, 0))
         outline(axes, images.masks[i, 0].numpy(), "white", "solid")
         axes.set_title(f"{centre}, 1/a = {images.inverse_area[i]:.0f}")
     return figure
 
 
-def draw_image(axes: Axes, picture: Any) -> None:
+def draw_picture(axes: Axes, picture: Any) -> None:
     """An image (H, W, 3), or (H, W) in grey, as sharp as it is."""
     axes.imshow(picture, cmap="gray", interpolation="nearest")
     axes.set_axis_off()
@@ -784,7 +801,7 @@ def anatomy(image: Any, reconstruction: Any, channels: Any, title: str) -> Figur
     for axes, name, x in zip(
         grid[:, 0], ("image", "reconstruction"), (image, reconstruction), strict=True
     ):
-        draw_image(axes, ((x - low) / (high - low)).permute(1, 2, 0))
+        draw_picture(axes, ((x - low) / (high - low)).permute(1, 2, 0))
         axes.set_title(name)
 
     for i, axes in enumerate(grid[:, 1:].flat):
@@ -812,7 +829,7 @@ def erased(
     bars.set(xlabel="channel erased", ylabel="the dice term grows by", xticks=numbers)
     bars.set_ylim(-0.1, 0.2)
 
-    draw_image(image, one.images[0].permute(1, 2, 0))
+    draw_picture(image, one.images[0].permute(1, 2, 0))
     image.set_title("image, lesion")
     map_.imshow(channel, cmap="PuOr", vmin=-1, vmax=1, interpolation="nearest")
     map_.set_title(f"channel {number}")
@@ -876,7 +893,7 @@ def swaps(grid: Mapping[tuple[str, str], Any], title: str) -> Figure:
     cells = figure.subplots(len(rows), len(columns), squeeze=False)
     for (row, column), picture in grid.items():
         axes = cells[rows.index(row), columns.index(column)]
-        draw_image(axes, picture)
+        draw_picture(axes, picture)
         axes.set_title(f"{row}, {column}" if column == "image" else column)
     return figure
 
@@ -1049,7 +1066,7 @@ def window(hu: Any, grey: Any, tumour: Any, title: str) -> Figure:
     whole.imshow(hu, cmap="gray", vmin=-1000, vmax=1500, interpolation="nearest")
     whole.set_title("-1000 to 1500 HU")
     whole.set_axis_off()
-    draw_image(windowed, grey)
+    draw_picture(windowed, grey)
     outline(windowed, tumour, "white", "solid")
     windowed.set_title("window: -200 to 200 HU, tumour outlined")
     return figure
@@ -1162,7 +1179,7 @@ def volume(grey: Any, truth: Any, predicted: Any, numbers: Sequence[int], title:
     """Slices of a volume with two outlines. grey (N, H, W, 1); truth, predicted (H, W, N)"""
     figure = new_figure(title, 6.2)
     for i, axes in enumerate(figure.subplots(2, 3).flat):
-        draw_image(axes, grey[i])
+        draw_picture(axes, grey[i])
         outline(axes, truth[..., i], "white", "solid")
         outline(axes, predicted[..., i], SKY, "dashed")
         axes.set_title(f"slice {numbers[i]}")
@@ -1274,7 +1291,7 @@ def new_image(stored: Any, overlay: Any, marked: Any, truth: Any, title: str) ->
     figure = new_figure(title, 3.2)
     row = figure.subplots(1, 3)
     for axes, picture in zip(row, (stored, overlay, marked), strict=True):
-        draw_image(axes, picture)
+        draw_picture(axes, picture)
     outline(row[2], truth, ORANGE, "solid")
     names = ("new.jpg, as it is stored", "new_overlay.png", "new_mask.png, truth in orange")
     for axes, name in zip(row, names, strict=True):

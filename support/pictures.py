@@ -215,11 +215,11 @@ def draw_curves(history: Sequence[Mapping], title: str) -> "Figure":
     draw_rounds(dice, history, "dice_s", "Dice_S (small)", RED)
     dice.set(title="validation, all clients", ylabel="mean Dice", ylim=(0, 1))
 
-    # Drawn as eta - 1, so that 0 stands for steps that were not scaled, as all of FedAvg's.
-    excess = [{"round": row["round"], "excess": row["eta"] - 1} for row in history]
-    draw_rounds(scale, excess, "excess", "mean of η − 1", GREEN)
-    draw_rounds(scale, history, "scaled_steps", "share of steps with η > 1", GREY, "dotted")
-    scale.set(title="step scale η, all clients", ylabel="0: nothing was scaled", ylim=(0, None))
+    # The axis begins at 1, which stands for steps that were not scaled, as all of FedAvg's.
+    draw_rounds(scale, history, "eta", "mean of η", GREEN)
+    top = max(row["eta"] for row in history)
+    scale.set(title="step scale η, all clients", ylabel="1: nothing was scaled")
+    scale.set_ylim(1, max(1.1, 1 + 1.2 * (top - 1)))
 
     for axes in (losses, dice, scale):
         axes.set(xlabel="round", xlim=(history[0]["round"] - 0.5, history[-1]["round"] + 0.5))
