@@ -38,7 +38,7 @@ import data
 import fedgs
 from support import checkpoints, pictures, runs
 from support.errors import UserError, for_people
-from support.files import is_temporary
+from support.files import is_temporary, to_json
 
 # There is momentum to be lost. With this seed the best rounds are 1 and 2 of three. `resume` is set
 # from the beginning, since config.json tells of it.
@@ -371,7 +371,9 @@ def begin(place: Path, fatal: int | None = None, full: bool = False) -> int:
         watch = Watch(fatal, full)
         watch.begin()
         with contextlib.redirect_stdout(io.StringIO()):
-            fedgs.run(CONFIG)
+            results = fedgs.run(CONFIG)
+        saved = json.loads(Path("run/results.json").read_text())
+        assert json.loads(to_json(results)).items() <= saved.items()
         Path(f"{os.getpid()}.json").write_text(json.dumps([watch.steps, watch.told]))
         code = 0
     except (UserError, OSError) as error:
