@@ -8,7 +8,13 @@ from collections.abc import Iterator
 
 
 class UserError(ValueError):
-    """Something a person can put right. The message says what was wrong, where, and what to do."""
+    """Something a person can put right. The message says what was wrong, where, and what to do.
+
+    It is one line, whatever names of files, or texts of libraries, are in it.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 class Terminated(KeyboardInterrupt):

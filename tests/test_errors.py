@@ -1,6 +1,7 @@
 """How a program ends: one line and an exit code, or the traceback of a fault."""
 
 import io
+import pickle
 import sys
 
 import pytest
@@ -117,3 +118,8 @@ def test_what_a_shell_has_closed(monkeypatch, name):
     with readable_errors("program"):
         getattr(sys, name).write("a bar of progress")
     assert ended_by(UserError("x")) == 2
+
+
+def test_an_error_is_one_line_wherever_it_is_shown():
+    assert str(UserError("a\nb: c\x01")) == "a\\nb: c\\x01"
+    assert str(pickle.loads(pickle.dumps(UserError("a\nb")))) == "a\\nb"
