@@ -666,3 +666,12 @@ def test_decompression_ends_where_the_voxels_should(pair, monkeypatch):
     with pytest.raises(UserError, match=r"holds far more"):
         volumes.check_whole(pair[0], volume)
     assert sum(sizes) < len(content) + 4000
+
+
+def test_an_index_without_any_checksum_is_not_believed(cut):
+    found = cut()
+    path = found[0][1].parent / "index.json"
+    index = json.loads(path.read_text())
+    del index["checksum"], index["checksums"]
+    path.write_text(json.dumps({**index, "slices": [2]}))
+    assert cut() == found
