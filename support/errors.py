@@ -11,7 +11,13 @@ from typing import NoReturn, TextIO
 
 
 class UserError(ValueError):
-    """Something a person can put right. The message says what was wrong, where, and what to do."""
+    """Something a person can put right. The message says what was wrong, where, and what to do.
+
+    It is one line, whatever names of files, or texts of libraries, are in it.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 class Terminated(KeyboardInterrupt):

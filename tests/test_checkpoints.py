@@ -555,3 +555,11 @@ def test_what_is_no_state_of_a_run(key, value):
 def test_something_else_is_no_state_of_a_run():
     with pytest.raises(UserError, match=r"resume\.pt is not the state of a run"):
         checkpoints.check_progress([PROGRESS], Path("resume.pt"))
+
+
+def test_one_negative_variance_is_enough(tiny, tmp_path):
+    state = tiny.state_dict()
+    state["1.running_var"] = torch.tensor([1.0, -1e-3])
+    torch.save(state, tmp_path / "odd.pt")
+    with pytest.raises(UserError, match=r"odd\.pt holds a negative variance \(1\.running_var\)"):
+        checkpoints.read_weights(tmp_path / "odd.pt")

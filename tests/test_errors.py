@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -192,3 +193,8 @@ def test_what_a_terminal_cannot_show_ends_nothing(monkeypatch):
     with readable_errors("program"):
         print("η a\udce4", flush=True)
     assert narrow.buffer.getvalue() == b"\\u03b7 a\\udce4\n"
+
+
+def test_an_error_is_one_line_wherever_it_is_shown():
+    assert str(UserError("a\nb: c\x01")) == "a\\nb: c\\x01"
+    assert str(pickle.loads(pickle.dumps(UserError("a\nb")))) == "a\\nb"

@@ -648,3 +648,30 @@ def test_a_slice_in_the_place_of_another_is_noticed(cut):
     first.write_bytes(second.read_bytes())
     assert cut() == found
     assert first.read_bytes() == content
+
+
+def test_decompression_ends_where_the_voxels_should(pair, monkeypatch):
+    content = gzip.decompress(pair[0].read_bytes())
+    pair[0].write_bytes(gzip.compress(content + bytes(100_000)))
+    sizes = []
+    read = gzip.GzipFile.read
+
+    def counted(file, size):
+        sizes.append(size)
+        return read(file, size)
+
+    monkeypatch.setattr(volumes, "MORE", 1000)
+    volume = volumes.open_volume(pair[0])
+    monkeypatch.setattr(gzip.GzipFile, "read", counted)
+    with pytest.raises(UserError, match=r"holds far more"):
+        volumes.check_whole(pair[0], volume)
+    assert sum(sizes) < len(content) + 4000
+
+
+def test_an_index_without_any_checksum_is_not_believed(cut):
+    found = cut()
+    path = found[0][1].parent / "index.json"
+    index = json.loads(path.read_text())
+    del index["checksum"], index["checksums"]
+    path.write_text(json.dumps({**index, "slices": [2]}))
+    assert cut() == found
