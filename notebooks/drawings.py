@@ -190,11 +190,18 @@ def draw_box(
 
 def draw_frames(axes: Axes, left: float, radii: Sequence[float], colour: str) -> None:
     """Four frames in a row, each with a round lesion."""
+    width = 0.05
+    height = 0.105
+    bottom = 0.265
     for i, radius in enumerate(radii):
         x = left + 0.057 * i
-        axes.add_patch(Rectangle((x, 0.265), 0.05, 0.105, fc=TISSUE, ec=PALE))
-        middle = (x + 0.025, 0.318)
-        axes.add_patch(Ellipse(middle, 1.4 * radius, 2.8 * radius, fc=colour, alpha=0.75))
+        frame = Rectangle((x, bottom), width, height, fc=TISSUE, ec=PALE)
+        axes.add_patch(frame)
+
+        # The drawing is twice as wide as it is high: what is round is an ellipse in its units.
+        middle = (x + width / 2, bottom + 0.053)
+        lesion = Ellipse(middle, 1.4 * radius, 2.8 * radius, fc=colour, alpha=0.75)
+        axes.add_patch(lesion)
 
 
 def send(
@@ -327,10 +334,12 @@ def draw_sizes(axes: Axes, inverse_area: dict[str, np.ndarray], tau: float) -> N
 def median_images(parts: dict[str, list[data.Images]], source: str) -> Figure:
     """Of each centre the median image among its small ones, and among the others."""
     figure = new_figure(f"{source}: medians by size, white the mask", 4.5)
-    grid = figure.subplots(2, len(parts), squeeze=False)
-    for column, pieces in zip(grid.T, parts.values(), strict=True):
-        for axes, want_small in zip(column, (True, False), strict=True):
+    above, below = figure.subplots(2, len(parts), squeeze=False)
+
+    for column, pieces in enumerate(parts.values()):
+        for panels, want_small in ((above, True), (below, False)):
             images, i = median_image(pieces, want_small)
+            axes = panels[column]
             draw_image(axes, images, i)
             kind = "small" if want_small else "not small"
             axes.set_title(f"{images.centre}, {kind}\n1/a = {images.inverse_area[i]:.0f}")
@@ -384,33 +393,42 @@ def shares_by_size(rows: np.ndarray, names: Sequence[str], title: str) -> Figure
     """
     figure = new_figure(title, 4.1)
     panels = figure.subplots(1, len(names), sharex=True, sharey=True)
-    ends = np.array([rows[:, 0].min(), rows[:, 0].max()])
-
     for column, (axes, name) in enumerate(zip(panels, names, strict=True), start=2):
-        for flag, colour, label in ((0, BLUE, "not small"), (1, ORANGE, "small")):
-            some = rows[rows[:, 1] == flag]
-            axes.loglog(some[:, 0], some[:, column], ".", color=colour, label=label)
-
-        # A line through logarithms is a power of 1/a.
-        slope, start = best_fit(rows, column)
-        axes.plot(ends, np.exp(start) * ends**slope, color=RED, label="best fit")
-        axes.axhline(0.25, color="0.3", ls="--", lw=1, label="an equal say")
-
-        axes.set(title=f"{name}\nslope {slope:.2f}", xlabel="inverse area 1/a", ylim=(1e-4, 1.3))
-        axes.xaxis.set_major_formatter(PLAIN)
-        axes.yaxis.set_major_formatter(PLAIN)
+        slope = draw_shares(axes, rows, column)
+        axes.set(title=f"{name}\nslope {slope:.2f}", xlabel="inverse area 1/a")
+    panels[0].set_ylabel("share of the batch of four")
 
     # One legend for all, outside: in a panel it would hide points.
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    panels[0].set_ylabel("share of the batch of four")
     return figure
+
+
+def draw_shares(axes: Axes, rows: np.ndarray, column: int) -> float:
+    """A column of shares against the inverse area, both logarithmic. -> slope of the best fit"""
+    for flag, colour, label in ((0, BLUE, "not small"), (1, ORANGE, "small")):
+        some = rows[rows[:, 1] == flag]
+        axes.loglog(some[:, 0], some[:, column], ".", color=colour, label=label)
+
+    # A line through logarithms is a power of 1/a.
+    slope, start = best_fit(rows, column)
+    ends = np.array([rows[:, 0].min(), rows[:, 0].max()])
+    axes.plot(ends, np.exp(start) * ends**slope, color=RED, label="best fit")
+    axes.axhline(0.25, color="0.3", ls="--", lw=1, label="an equal say")
+
+    axes.set_ylim(1e-4, 1.3)
+    axes.xaxis.set_major_formatter(PLAIN)
+    axes.yaxis.set_major_formatter(PLAIN)
+    return slope
 
 
 def best_fit(rows: np.ndarray, column: int) -> np.ndarray:
     """The line through log(share) against log(inverse area). -> slope, value at inverse area 1"""
+    # A share of 0 has no logarithm.
     rows = rows[rows[:, column] > 0]
-    return np.polyfit(np.log(rows[:, 0]), np.log(rows[:, column]), 1)
+    inverse_area = np.log(rows[:, 0])
+    share = np.log(rows[:, column])
+    return np.polyfit(inverse_area, share, 1)
 
 
 def batches_with_small(chance: dict[str, float], counts: dict[str, str], title: str) -> Figure:
@@ -697,11 +715,14 @@ def methods_over_rounds(histories: dict[str, Sequence[dict]], title: str) -> Fig
     """Validation Dice of several runs over their rounds."""
     figure = new_figure(title, 3.4)
     panels = figure.subplots(1, 3, sharey=True)
+
+    # Marks and dashes, too: lines that lie on each other are told apart by more than colours.
+    lines = dict(zip(histories, ("o-", "s--", "^:"), strict=True))
     for axes, measure in zip(panels, ("Dice_S", "Dice_L", "Dice"), strict=True):
-        for (name, history), line in zip(histories.items(), ("o-", "s--", "^:"), strict=True):
+        for name, history in histories.items():
             rounds = [row["round"] for row in history]
             dice = [row[measure.lower()] for row in history]
-            axes.plot(rounds, dice, line, color=METHOD_COLOURS[name], label=name)
+            axes.plot(rounds, dice, lines[name], color=METHOD_COLOURS[name], label=name)
         axes.set(title=f"validation {measure}", xlabel="round", xticks=rounds, ylim=(0, 0.5))
     panels[2].legend()
     return figure
