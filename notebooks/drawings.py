@@ -149,9 +149,11 @@ def federation_round() -> Figure:
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.set_axis_off()
 
+    # A hospital's box, its lesions and its update have the same colour.
     draw_box(axes, (0.33, 0.70), (0.34, 0.27), "server", GREEN)
     draw_box(axes, (0.01, 0.04), (0.30, 0.42), "hospital 1", RED)
     draw_box(axes, (0.69, 0.04), (0.30, 0.42), "hospital 2", BLUE)
+
     for x, y, step, formula in ROUND:
         axes.text(x, y + 0.035, step, ha="center", weight="bold")
         axes.text(x, y - 0.045, formula, ha="center", size=12)
@@ -245,6 +247,7 @@ def by_size(images: data.Images) -> list[int]:
 
 def draw_image(axes: Axes, images: data.Images, i: int) -> None:
     """An image with the outline of its mask in white."""
+    # Pixels as they are, unsmoothed: a small lesion has few of them, and this is to be seen.
     axes.imshow(images.images[i].permute(1, 2, 0), interpolation="nearest")
     axes.contour(images.masks[i, 0], [0.5], colors="white", linewidths=1.5)
     axes.set_axis_off()
@@ -279,9 +282,12 @@ def first_sight(images: data.Images, i: int, source: str) -> Figure:
     """An image, its mask, and the mask's outline on the image."""
     figure = new_figure(f"{source}: a frame of {images.centre}, its mask, and both", 3.3)
     frame, mask, both = figure.subplots(1, 3)
+
+    # Colours come first in a tensor, last in a picture.
     frame.imshow(images.images[i].permute(1, 2, 0), interpolation="nearest")
     mask.imshow(images.masks[i, 0], cmap="Greys_r", interpolation="nearest")
     draw_image(both, images, i)
+
     for axes in (frame, mask):
         axes.set_axis_off()
     return figure
@@ -295,7 +301,7 @@ def sizes(
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     draw_sizes(left, inverse_area, tau)
 
-    # The bars are shares; a share of few images means little, so that they carry numbers.
+    # The bars are shares; a share of few images means little, so they carry numbers.
     percent = []
     numbers = []
     for flags in small.values():
@@ -435,7 +441,11 @@ def batches_with_small(chance: dict[str, float], counts: dict[str, str], title: 
     """How many batches of each client hold a small lesion. chance: in percent"""
     figure = new_figure(title, 3.2, width=6.5)
     axes = figure.subplots()
-    bars = axes.bar(list(chance), list(chance.values()), color=COLOURS[: len(chance)])
+    clients = list(chance)
+    percent = list(chance.values())
+
+    # A client has the same colour as in the other pictures.
+    bars = axes.bar(clients, percent, color=COLOURS[: len(clients)])
     axes.bar_label(bars, list(counts.values()))
     axes.set(ylabel="batches with a small lesion, %", ylim=(0, 100))
     return figure
@@ -467,8 +477,11 @@ def lesion_colour(small: bool | Tensor) -> str:
 
 def draw_mask(axes: Axes, mask: Tensor, colour: str = INK) -> None:
     """A mask, its lesion in a colour."""
+    # The mask's 0 and 1 choose a row of this table.
     shades = torch.tensor([to_rgb(TISSUE), to_rgb(colour)])
     axes.imshow(shades[mask.int()], interpolation="nearest")
+
+    # A frame in place of axes: how much of the image a lesion covers is what counts.
     axes.set(xticks=[], yticks=[])
     axes.grid(False)
     for spine in axes.spines.values():
@@ -647,11 +660,14 @@ def index_table(table: Tensor, changed: Tensor) -> Figure:
     """UTNet's table of constants, and which of them an average in floating point has changed."""
     figure = new_figure("", 3.9)
     left, right = figure.subplots(1, 2)
+
     shown = left.imshow(table, cmap="viridis", interpolation="nearest")
     figure.colorbar(shown, ax=left, label="which number of the learned table")
     left.set_title("UTNet's index table")
+
     right.imshow(changed, cmap="Greys", interpolation="nearest")
     right.set_title(f"black: the {changed.sum()} entries that changed")
+
     for axes in (left, right):
         axes.set(xlabel="cell that is looked at", ylabel="cell that looks")
         axes.grid(False)
@@ -665,6 +681,8 @@ def cosines(values: Tensor, names: Sequence[str], title: str) -> Figure:
     """A table of cosines between updates, in colours. values (K, K)"""
     figure = new_figure(title, 3.6, width=5)
     axes = figure.subplots()
+
+    # From a right angle, white, to the same direction.
     shown = axes.imshow(values, vmin=0, vmax=1, cmap="Blues")
     figure.colorbar(shown)
 
@@ -672,8 +690,11 @@ def cosines(values: Tensor, names: Sequence[str], title: str) -> Figure:
     for i in places:
         for j in places:
             value = values[i, j].item()
+
+            # Readable on dark cells, too.
             colour = "white" if value > 0.6 else "black"
             axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour)
+
     axes.set_xticks(places, names)
     axes.set_yticks(places, names)
     axes.grid(False)
@@ -770,6 +791,8 @@ def seed_table(values: dict[str, np.ndarray], title: str) -> Figure:
                 va="bottom" if above else "top",
                 size=9,
             )
+
+    # The first method is on top.
     axes.set_yticks(range(len(values)), list(values))
     axes.set(xlabel="mean Dice (numbers: seeds, bars: means)", ylim=(len(values) - 0.4, -0.6))
     return figure
@@ -787,6 +810,8 @@ def intervals(found: dict[str, tuple[float, float, float]], title: str) -> Figur
         colour = INK if low <= 0 <= high else RED
         axes.plot([low, high], [row, row], color=colour, lw=2)
         axes.plot(mean, row, "o", color=colour)
+
+    # The first is on top.
     axes.axvline(0, color="0.3", lw=1)
     axes.set_yticks(range(len(found)), list(found))
     axes.set(xlabel="difference in Dice", ylim=(len(found) - 0.5, -0.5))
