@@ -150,9 +150,11 @@ def federation_round() -> Figure:
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.set_axis_off()
 
+    # A hospital's box, its lesions and its update have the same colour.
     draw_box(axes, (0.33, 0.70), (0.34, 0.27), "server", GREEN)
     draw_box(axes, (0.01, 0.04), (0.30, 0.42), "hospital 1", RED)
     draw_box(axes, (0.69, 0.04), (0.30, 0.42), "hospital 2", BLUE)
+
     for x, y, step, formula in ROUND:
         axes.text(x, y + 0.035, step, ha="center", weight="bold")
         axes.text(x, y - 0.045, formula, ha="center", size=12)
@@ -191,11 +193,18 @@ def draw_box(
 
 def draw_frames(axes: Axes, left: float, radii: Sequence[float], colour: str) -> None:
     """Four frames in a row, each with a round lesion."""
+    width = 0.05
+    height = 0.105
+    bottom = 0.265
     for i, radius in enumerate(radii):
         x = left + 0.057 * i
-        axes.add_patch(Rectangle((x, 0.265), 0.05, 0.105, fc=TISSUE, ec=PALE))
-        middle = (x + 0.025, 0.318)
-        axes.add_patch(Ellipse(middle, 1.4 * radius, 2.8 * radius, fc=colour, alpha=0.75))
+        frame = Rectangle((x, bottom), width, height, fc=TISSUE, ec=PALE)
+        axes.add_patch(frame)
+
+        # The drawing is twice as wide as it is high: what is round is an ellipse in its units.
+        middle = (x + width / 2, bottom + 0.053)
+        lesion = Ellipse(middle, 1.4 * radius, 2.8 * radius, fc=colour, alpha=0.75)
+        axes.add_patch(lesion)
 
 
 def send(
@@ -217,10 +226,13 @@ def two_of_each(federation: data.Federation) -> Figure:
     """For each client the training images of median size, and the smallest, with their outlines."""
     figure = new_figure(f"{federation.source}: two training images of each hospital", 2.75)
     panels = iter(figure.subplots(1, 2 * len(federation.train)))
+
     for name, images in federation.train.items():
         order = by_size(images)
-        chosen = {"median": order[len(order) // 2], "smallest": order[-1]}
-        for which, i in chosen.items():
+        median = order[len(order) // 2]
+        smallest = order[-1]
+
+        for which, i in (("median", median), ("smallest", smallest)):
             axes = next(panels)
             draw_image(axes, images, i)
             size = f"1/{images.inverse_area[i]:.0f} of the image"
@@ -236,6 +248,7 @@ def by_size(images: data.Images) -> list[int]:
 
 def draw_image(axes: Axes, images: data.Images, i: int) -> None:
     """An image with the outline of its mask in white."""
+    # Pixels as they are, unsmoothed: a small lesion has few of them, and this is to be seen.
     axes.imshow(images.images[i].permute(1, 2, 0), interpolation="nearest")
     axes.contour(images.masks[i, 0], [0.5], colors="white", linewidths=1.5)
     axes.set_axis_off()
@@ -247,18 +260,19 @@ def learning(federation: data.Federation, predictions: dict[int, dict[str, Tenso
     predictions: {round: {client: (S, S) bool, of its validation image with the largest lesion}}
     """
     figure = new_figure(f"{federation.source}: white the mask, dashed the prediction", 3.9)
-    names = list(federation.validation)
-    grid = figure.subplots(len(names), len(predictions), squeeze=False)
-    for row, name in zip(grid, names, strict=True):
-        images = federation.validation[name]
+    clients = federation.validation
+    grid = figure.subplots(len(clients), len(predictions), squeeze=False)
+
+    for row, (name, images) in zip(grid, clients.items(), strict=True):
         shown = by_size(images)[0]
         for axes, (round_, predicted) in zip(row, predictions.items(), strict=True):
             draw_image(axes, images, shown)
+            axes.set_title(f"{name}, round {round_}")
 
             # A prediction without an edge, nothing or everything, has no outline.
-            if 0 < predicted[name].float().mean() < 1:
-                axes.contour(predicted[name], [0.5], colors=SKY, linewidths=2, linestyles="--")
-            axes.set_title(f"{name}, round {round_}")
+            inside = predicted[name]
+            if inside.any() and not inside.all():
+                axes.contour(inside, [0.5], colors=SKY, linewidths=2, linestyles="--")
     return figure
 
 
@@ -269,9 +283,12 @@ def first_sight(images: data.Images, i: int, source: str) -> Figure:
     """An image, its mask, and the mask's outline on the image."""
     figure = new_figure(f"{source}: a frame of {images.centre}, its mask, and both", 3.3)
     frame, mask, both = figure.subplots(1, 3)
+
+    # Colours come first in a tensor, last in a picture.
     frame.imshow(images.images[i].permute(1, 2, 0), interpolation="nearest")
     mask.imshow(images.masks[i, 0], cmap="Greys_r", interpolation="nearest")
     draw_image(both, images, i)
+
     for axes in (frame, mask):
         axes.set_axis_off()
     return figure
@@ -283,38 +300,53 @@ def sizes(
     """How large the lesions of each centre are, and how many of its images count as small."""
     figure = new_figure(source, 3.9)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    for (centre, areas), colour in zip(inverse_area.items(), COLOURS, strict=False):
-        areas = np.sort(areas[np.isfinite(areas)])
-        share = np.arange(1, len(areas) + 1) / len(areas)
-        label = f"{centre}, {len(areas)} images"
-        left.step(areas, share, where="post", color=colour, label=label)
+    draw_sizes(left, inverse_area, tau)
 
-    left.axvline(tau, color="0.3", ls="--", lw=1)
-    left.text(1.1 * tau, 0.03, f"1/a = τ = {tau}", color="0.3")
-    left.set(
-        xscale="log",
-        xlabel="inverse area 1/a (smaller lesions to the right)",
-        ylabel="share of images with at most 1/a",
-        title="lesion sizes of each centre",
-    )
-    left.xaxis.set_major_formatter(PLAIN)
-    left.legend()
+    # The bars are shares; a share of few images means little, so they carry numbers.
+    percent = []
+    numbers = []
+    for flags in small.values():
+        percent.append(100 * flags.mean())
+        numbers.append(str(flags.sum()))
 
-    percent = [100 * flags.mean() for flags in small.values()]
     bars = right.bar(list(small), percent, color=COLOURS[: len(small)])
-    right.bar_label(bars, [f"{flags.sum()}" for flags in small.values()])
+    right.bar_label(bars, numbers)
     right.margins(y=0.12)
     right.set(ylabel="% of all images", title="small images (on the bars: how many)")
     return figure
 
 
+def draw_sizes(axes: Axes, inverse_area: dict[str, np.ndarray], tau: float) -> None:
+    """For each centre, how many of its images with a lesion have at most this inverse area."""
+    for (centre, areas), colour in zip(inverse_area.items(), COLOURS, strict=False):
+        # Sorted, the n-th of N areas has n/N of the images at or below it.
+        areas = np.sort(areas[np.isfinite(areas)])
+        share = np.arange(1, len(areas) + 1) / len(areas)
+        label = f"{centre}, {len(areas)} images"
+        axes.step(areas, share, where="post", color=colour, label=label)
+
+    axes.axvline(tau, color="0.3", ls="--", lw=1)
+    axes.text(1.1 * tau, 0.03, f"1/a = τ = {tau}", color="0.3")
+
+    axes.set(
+        xscale="log",
+        xlabel="inverse area 1/a (smaller lesions to the right)",
+        ylabel="share of images with at most 1/a",
+        title="lesion sizes of each centre",
+    )
+    axes.xaxis.set_major_formatter(PLAIN)
+    axes.legend()
+
+
 def median_images(parts: dict[str, list[data.Images]], source: str) -> Figure:
     """Of each centre the median image among its small ones, and among the others."""
     figure = new_figure(f"{source}: medians by size, white the mask", 4.5)
-    grid = figure.subplots(2, len(parts), squeeze=False)
-    for column, pieces in zip(grid.T, parts.values(), strict=True):
-        for axes, want_small in zip(column, (True, False), strict=True):
+    above, below = figure.subplots(2, len(parts), squeeze=False)
+
+    for column, pieces in enumerate(parts.values()):
+        for panels, want_small in ((above, True), (below, False)):
             images, i = median_image(pieces, want_small)
+            axes = panels[column]
             draw_image(axes, images, i)
             kind = "small" if want_small else "not small"
             axes.set_title(f"{images.centre}, {kind}\n1/a = {images.inverse_area[i]:.0f}")
@@ -327,6 +359,8 @@ def median_image(pieces: Sequence[data.Images], want_small: bool) -> tuple[data.
     for piece in pieces:
         chosen = [i for i in by_size(piece) if bool(piece.small[i]) == want_small]
         found += [(piece.inverse_area[i].item(), piece, i) for i in chosen]
+
+    # By size alone: images cannot be compared.
     found.sort(key=operator.itemgetter(0))
     _, piece, i = found[len(found) // 2]
     return piece, i
@@ -339,21 +373,23 @@ def pulls(batch: data.Images, gradient: Tensor, area: Tensor, pull: Tensor, titl
     """
     figure = new_figure(title, 5.4)
     above, below = figure.subplots(2, len(batch))
+
+    # The same limits for all, so that a colour means the same everywhere, and white is 0.
     limit = gradient.abs().max()
+    colours = {"cmap": "PuOr", "vmin": -limit, "vmax": limit}
+
     for n in range(len(batch)):
         draw_image(above[n], batch, n)
-        above[n].set_title(f"1/a = {batch.inverse_area[n]:.0f}\n{area[n]:.1%} of the lesion pixels")
+        size = f"1/a = {batch.inverse_area[n]:.0f}"
+        above[n].set_title(f"{size}\n{area[n]:.1%} of the lesion pixels")
 
-        # The same limits for all, so that a colour means the same everywhere.
-        drawn = below[n].imshow(
-            gradient[n], cmap="PuOr", vmin=-limit, vmax=limit, interpolation="nearest"
-        )
+        drawn = below[n].imshow(gradient[n], interpolation="nearest", **colours)
         below[n].contour(batch.masks[n, 0], [0.5], colors="black", linewidths=1)
         below[n].set_title(f"{pull[n]:.1%} of the pull")
         below[n].set_axis_off()
-    figure.colorbar(
-        drawn, ax=below, location="bottom", aspect=50, shrink=0.6, label="∂L/∂z¹ of a pixel"
-    )
+
+    label = "∂L/∂z¹ of a pixel"
+    figure.colorbar(drawn, ax=below, location="bottom", aspect=50, shrink=0.6, label=label)
     return figure
 
 
@@ -362,37 +398,55 @@ def shares_by_size(rows: np.ndarray, names: Sequence[str], title: str) -> Figure
 
     rows (N, 2 + C): inverse area, whether the image is small, and C shares, called by names
     """
-    figure = new_figure(title, 3.8)
+    figure = new_figure(title, 4.1)
     panels = figure.subplots(1, len(names), sharex=True, sharey=True)
-    ends = np.array([rows[:, 0].min(), rows[:, 0].max()])
     for column, (axes, name) in enumerate(zip(panels, names, strict=True), start=2):
-        for flag, colour, label in ((0, BLUE, "not small"), (1, ORANGE, "small")):
-            some = rows[rows[:, 1] == flag]
-            axes.loglog(some[:, 0], some[:, column], ".", color=colour, label=label)
-
-        # A line through logarithms is a power of 1/a.
-        slope, start = best_fit(rows, column)
-        axes.plot(ends, np.exp(start) * ends**slope, color=RED, label=f"slope {slope:.2f}")
-        axes.axhline(0.25, color="0.3", ls="--", lw=1)
-        axes.set(title=name, xlabel="inverse area 1/a", ylim=(3e-4, 1.3))
-        axes.xaxis.set_major_formatter(PLAIN)
-        axes.yaxis.set_major_formatter(PLAIN)
-        axes.legend(loc="lower left")
+        slope = draw_shares(axes, rows, column)
+        axes.set(title=f"{name}\nslope {slope:.2f}", xlabel="inverse area 1/a")
     panels[0].set_ylabel("share of the batch of four")
+
+    # One legend for all, outside: in a panel it would hide points.
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
+
+
+def draw_shares(axes: Axes, rows: np.ndarray, column: int) -> float:
+    """A column of shares against the inverse area, both logarithmic. -> slope of the best fit"""
+    for flag, colour, label in ((0, BLUE, "not small"), (1, ORANGE, "small")):
+        some = rows[rows[:, 1] == flag]
+        axes.loglog(some[:, 0], some[:, column], ".", color=colour, label=label)
+
+    # A line through logarithms is a power of 1/a.
+    slope, start = best_fit(rows, column)
+    ends = np.array([rows[:, 0].min(), rows[:, 0].max()])
+    axes.plot(ends, np.exp(start) * ends**slope, color=RED, label="best fit")
+    axes.axhline(0.25, color="0.3", ls="--", lw=1, label="an equal say")
+
+    axes.set_ylim(1e-4, 1.3)
+    axes.xaxis.set_major_formatter(PLAIN)
+    axes.yaxis.set_major_formatter(PLAIN)
+    return slope
 
 
 def best_fit(rows: np.ndarray, column: int) -> np.ndarray:
     """The line through log(share) against log(inverse area). -> slope, value at inverse area 1"""
+    # A share of 0 has no logarithm.
     rows = rows[rows[:, column] > 0]
-    return np.polyfit(np.log(rows[:, 0]), np.log(rows[:, column]), 1)
+    inverse_area = np.log(rows[:, 0])
+    share = np.log(rows[:, column])
+    return np.polyfit(inverse_area, share, 1)
 
 
 def batches_with_small(chance: dict[str, float], counts: dict[str, str], title: str) -> Figure:
     """How many batches of each client hold a small lesion. chance: in percent"""
     figure = new_figure(title, 3.2, width=6.5)
     axes = figure.subplots()
-    bars = axes.bar(list(chance), list(chance.values()), color=COLOURS[: len(chance)])
+    clients = list(chance)
+    percent = list(chance.values())
+
+    # A client has the same colour as in the other pictures.
+    bars = axes.bar(clients, percent, color=COLOURS[: len(clients)])
     axes.bar_label(bars, list(counts.values()))
     axes.set(ylabel="batches with a small lesion, %", ylim=(0, 100))
     return figure
@@ -407,17 +461,28 @@ SIDE = 128  # pixels along the side of a drawn mask
 def blob(pixels: int) -> Tensor:
     """A mask with one lesion of so many pixels. -> (1, SIDE, SIDE) bool"""
     row, column = np.mgrid[:SIDE, :SIDE] - 0.5 * SIDE
-    distance = torch.from_numpy(np.hypot(row - 0.3, 0.8 * column - 0.4)).flatten()
-    nearest = distance.argsort(stable=True)[:pixels]
+
+    # An ellipse, a little beside the middle: no two pixels are equally far away.
+    distance = np.hypot(row - 0.3, 0.8 * column - 0.4)
+    order = torch.from_numpy(distance).flatten().argsort(stable=True)
+
     mask = torch.zeros(SIDE * SIDE, dtype=torch.bool)
-    mask[nearest] = True
+    mask[order[:pixels]] = True
     return mask.view(1, SIDE, SIDE)
+
+
+def lesion_colour(small: bool | Tensor) -> str:
+    """In colour what is small, and so has a difficulty."""
+    return RED if small else INK
 
 
 def draw_mask(axes: Axes, mask: Tensor, colour: str = INK) -> None:
     """A mask, its lesion in a colour."""
+    # The mask's 0 and 1 choose a row of this table.
     shades = torch.tensor([to_rgb(TISSUE), to_rgb(colour)])
     axes.imshow(shades[mask.int()], interpolation="nearest")
+
+    # A frame in place of axes: how much of the image a lesion covers is what counts.
     axes.set(xticks=[], yticks=[])
     axes.grid(False)
     for spine in axes.spines.values():
@@ -433,24 +498,35 @@ def difficulty_in_steps(
     """
     figure = new_figure("", 5.2)
     above, below = figure.subfigures(2, 1, height_ratios=(1.15, 2))
-    inverse = torch.tensor([SIDE * SIDE / lesion.sum().item() for lesion in lesions])
-    for axes, mask, area in zip(above.subplots(1, len(lesions)), lesions, inverse, strict=True):
-        draw_mask(axes, mask[0], RED if area >= tau else INK)
-        axes.set_title(f"1/a = {area:.0f}")
-    above.suptitle(f"six lesions; red: small, at most 1/{tau} of the image")
+    above.suptitle(f"six lesions; in colour: small, at most 1/{tau} of the image")
 
-    # Two lines, so that a jump at tau is drawn as one.
-    x = torch.logspace(math.log10(2), 3.3, 400)
-    for axes, (name, stage) in zip(below.subplots(1, len(stages)), stages.items(), strict=True):
-        low, high = x[x < tau], x[x >= tau]
-        for part in (low, high):
-            axes.plot(part, stage(part), color=BLUE, lw=2)
-        ends = torch.stack([stage(low[-1]), stage(high[0])])  # far apart where there is a jump
-        axes.plot([tau, tau], ends, ":", color=BLUE)
-        axes.scatter(inverse, stage(inverse), color=[RED if a >= tau else INK for a in inverse])
+    inverse = torch.tensor([SIDE * SIDE / lesion.sum().item() for lesion in lesions])
+    colours = [lesion_colour(area >= tau) for area in inverse]
+    panels = above.subplots(1, len(lesions))
+    for axes, mask, area, colour in zip(panels, lesions, inverse, colours, strict=True):
+        draw_mask(axes, mask[0], colour)
+        axes.set_title(f"1/a = {area:.0f}")
+
+    panels = below.subplots(1, len(stages))
+    for axes, (name, stage) in zip(panels, stages.items(), strict=True):
+        draw_stage(axes, stage, tau)
+        axes.scatter(inverse, stage(inverse), color=colours)
         axes.set(xscale="log", xlabel="1/a", title=name)
         axes.xaxis.set_major_formatter(PLAIN)
     return figure
+
+
+def draw_stage(axes: Axes, stage: Callable[[Tensor], Tensor], tau: float) -> None:
+    """A function of 1/a as two lines, one on either side of tau, so that a jump is seen as one."""
+    x = torch.logspace(math.log10(2), 3.3, 400)
+    low = x[x < tau]
+    high = x[x >= tau]
+    for part in (low, high):
+        axes.plot(part, stage(part), color=BLUE, lw=2)
+
+    # Their ends at tau are far apart where there is a jump.
+    ends = torch.stack([stage(low[-1]), stage(high[0])])
+    axes.plot([tau, tau], ends, ":", color=BLUE)
 
 
 def difficulties_of(
@@ -459,22 +535,28 @@ def difficulties_of(
     """The difficulties of a data set's images by size, and how many there are of each size."""
     figure = new_figure(source, 4.6)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    for flag, colour, label in ((False, SKY, "not small"), (True, RED, "small")):
+
+    for flag, colour, name in ((False, SKY, "not small"), (True, RED, "small")):
         some = small == flag
-        label = f"{label}, {some.sum()} images"
+        label = f"{name}, {some.sum()} images"
         above.plot(inverse_area[some], difficulty[some], ".", color=colour, ms=9, label=label)
     above.set(ylabel="difficulty δ", ylim=(-0.05, 1.05))
     above.legend(loc="upper left")
 
-    # Bars that are equally wide on a logarithmic axis.
-    edges = np.geomspace(0.99 * inverse_area.min(), 1.01 * inverse_area.max(), 31)
+    # Bars that are equally wide on a logarithmic axis. The outer edges are just outside the data,
+    # so that rounding loses no image.
+    smallest = 0.99 * inverse_area.min()
+    largest = 1.01 * inverse_area.max()
+    edges = np.geomspace(smallest, largest, 31)
     groups = [inverse_area[~small], inverse_area[small]]
     below.hist(groups, edges, stacked=True, color=[SKY, RED])
     below.set(xscale="log", xlabel="1/a of all polyps of an image together", ylabel="images")
     below.xaxis.set_major_formatter(PLAIN)
+
     for axes in (above, below):
         axes.axvline(tau, color="0.3", ls="--", lw=1)
-    below.text(1.05 * tau, 0.9 * below.get_ylim()[1], f"τ = {tau}", color="0.3", va="top")
+    _, top = below.get_ylim()
+    below.text(1.05 * tau, 0.9 * top, f"τ = {tau}", color="0.3", va="top")
     return figure
 
 
@@ -483,13 +565,17 @@ def batch_of(
 ) -> Figure:
     """The lesions of a batch with their difficulties; its step scale is in the title."""
     figure = new_figure(f"{setting}:  η = {eta:.2f}", 2.6)
-    for n, axes in enumerate(figure.subplots(1, max(4, len(lesions)))):
-        if n >= len(lesions):
-            axes.set_axis_off()
-            continue
-        draw_mask(axes, lesions[n][0], RED if small[n] else INK)
-        area = SIDE * SIDE / lesions[n].sum().item()
-        axes.set_title(f"1/a = {area:.0f}\nδ = {difficulty[n]:.2f}", color=RED if small[n] else INK)
+
+    # Room for four at least: one mask as wide as the page would be a page high.
+    panels = figure.subplots(1, max(4, len(lesions)))
+    for axes in panels[len(lesions) :]:
+        axes.set_axis_off()
+
+    for n, mask in enumerate(lesions):
+        colour = lesion_colour(small[n])
+        draw_mask(panels[n], mask[0], colour)
+        area = SIDE * SIDE / mask.sum().item()
+        panels[n].set_title(f"1/a = {area:.0f}\nδ = {difficulty[n]:.2f}", color=colour)
     return figure
 
 
@@ -498,10 +584,11 @@ def four_masks(
 ) -> Figure:
     """The batch that is computed by hand."""
     figure = new_figure(f"four masks: η = {eta:.4f}", 3.3)
-    for i, (axes, name) in enumerate(zip(figure.subplots(1, 4), "ABCD", strict=True)):
-        draw_mask(axes, batch[i, 0], RED if small[i] else INK)
+    panels = figure.subplots(1, 4)
+    for i, name in enumerate("ABCD"):
+        draw_mask(panels[i], batch[i, 0], lesion_colour(small[i]))
         kind = "small" if small[i] else "not small"
-        axes.set_title(f"{name}: {area[i]} pixels\n{kind}, δ = {difficulty[i]:.3f}")
+        panels[i].set_title(f"{name}: {area[i]} pixels\n{kind}, δ = {difficulty[i]:.3f}")
     return figure
 
 
@@ -514,22 +601,28 @@ def two_clients(
     """
     figure = new_figure(title, 4.2)
     axes = figure.subplots()
+
+    # On the line between two reports lies every weighted mean of them.
     theta = paths[0][0]
     reports = [theta - update for update in updates]
     axes.plot(*torch.stack(reports).T, color="0.7", lw=1)
-    for number, (path, report, colour) in enumerate(
-        zip(paths, reports, (RED, BLUE), strict=True), start=1
-    ):
-        name = f"client {number}"
+
+    names = ("client 1", "client 2")
+    for name, path, report, colour in zip(names, paths, reports, (RED, BLUE), strict=True):
         axes.plot(*path.T, ".-", color=colour, label=f"{name}: its own weights")
         axes.plot(*torch.stack([theta, report]).T, "--", color=colour, lw=1)
         axes.plot(*report, "s", color=colour, ms=9, label=f"{name}: what it reports, θ − Δ")
 
     # Where the server ends up, without scaling and with it.
-    own = sum(w * path[-1] for w, path in zip(weights, paths, strict=True))
-    new = sum(w * report for w, report in zip(weights, reports, strict=True))
+    own = torch.zeros(2)
+    new = torch.zeros(2)
+    for weight, path, report in zip(weights, paths, reports, strict=True):
+        own += weight * path[-1]
+        new += weight * report
     axes.plot(*own, "D", color="0.4", ms=9, label="mean of their own weights")
     axes.plot(*new, "*", color=GREEN, ms=16, label="new θ of FedGS")
+
+    # Fixed limits: while a slider moves, only what it changes moves.
     axes.set(xlabel="first weight", ylabel="second weight", aspect="equal")
     axes.set(xlim=(-0.3, 1.9), ylim=(-0.1, 0.95))
     axes.legend(loc="lower right", fontsize=9.5)
@@ -551,12 +644,15 @@ def apart(distances: dict[str, float], title: str) -> Figure:
     """How far other methods' new weights are from FedGS's, in percent of its step."""
     figure = new_figure(title, 2.2)
     axes = figure.subplots()
-    bars = axes.barh(list(distances), list(distances.values()), color=[ORANGE, BLUE])
-    axes.bar_label(bars, [f"{x:.1f} %" for x in distances.values()], padding=3)
-    axes.set(
-        xlabel="distance to FedGS's new weights, % of its step",
-        xlim=(0, 1.2 * max(distances.values())),
-    )
+    names = list(distances)
+    lengths = list(distances.values())
+
+    bars = axes.barh(names, lengths, color=[ORANGE, BLUE])
+    axes.bar_label(bars, [f"{length:.1f} %" for length in lengths], padding=3)
+
+    # Room for the labels on the right, and the first bar on top.
+    axes.set_xlim(0, 1.2 * max(lengths))
+    axes.set_xlabel("distance to FedGS's new weights, % of its step")
     axes.invert_yaxis()
     return figure
 
@@ -565,11 +661,14 @@ def index_table(table: Tensor, changed: Tensor) -> Figure:
     """UTNet's table of constants, and which of them an average in floating point has changed."""
     figure = new_figure("", 3.9)
     left, right = figure.subplots(1, 2)
+
     shown = left.imshow(table, cmap="viridis", interpolation="nearest")
     figure.colorbar(shown, ax=left, label="which number of the learned table")
     left.set_title("UTNet's index table")
+
     right.imshow(changed, cmap="Greys", interpolation="nearest")
     right.set_title(f"black: the {changed.sum()} entries that changed")
+
     for axes in (left, right):
         axes.set(xlabel="cell that is looked at", ylabel="cell that looks")
         axes.grid(False)
@@ -583,6 +682,8 @@ def cosines(values: Tensor, names: Sequence[str], title: str) -> Figure:
     """A table of cosines between updates, in colours. values (K, K)"""
     figure = new_figure(title, 3.6, width=5)
     axes = figure.subplots()
+
+    # From a right angle, white, to the same direction.
     shown = axes.imshow(values, vmin=0, vmax=1, cmap="Blues")
     figure.colorbar(shown)
 
@@ -590,8 +691,11 @@ def cosines(values: Tensor, names: Sequence[str], title: str) -> Figure:
     for i in places:
         for j in places:
             value = values[i, j].item()
+
+            # Readable on dark cells, too.
             colour = "white" if value > 0.6 else "black"
             axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour)
+
     axes.set_xticks(places, names)
     axes.set_yticks(places, names)
     axes.grid(False)
@@ -603,23 +707,24 @@ def curves(history: Sequence[dict], title: str) -> Figure:
     figure = new_figure(title, 3.6)
     losses, dice, scale = figure.subplots(1, 3)
     rounds = [row["round"] for row in history]
+
+    def line(axes: Axes, column: str, colour: str, label: str = "") -> None:
+        values = [row[column] for row in history]
+        axes.plot(rounds, values, "o-", color=colour, label=label)
+        axes.set(xlabel="round", xticks=rounds)
+
     names = [column for column in history[0] if column.startswith("loss_")]
     for column, colour in zip(names, COLOURS, strict=False):
-        label = column.removeprefix("loss_")
-        losses.plot(rounds, [row[column] for row in history], "o-", color=colour, label=label)
+        line(losses, column, colour, column.removeprefix("loss_"))
+    line(dice, "dice_l", BLUE, "Dice_L")
+    line(dice, "dice_s", RED, "Dice_S")
+    line(scale, "eta", GREEN)
 
-    for column, label, colour in (("dice_l", "Dice_L", BLUE), ("dice_s", "Dice_S", RED)):
-        dice.plot(rounds, [row[column] for row in history], "o-", color=colour, label=label)
-
-    # From 1, which stands for steps that were not scaled.
-    scale.plot(rounds, [row["eta"] for row in history], "o-", color=GREEN)
-
-    losses.set(title="training loss of each client", ylim=(0, 1))
-    dice.set(title="validation Dice", ylim=(0, 1))
+    # The step scale's axis begins at 1, which stands for steps that were not scaled.
     top = 1.3 * max(row["eta"] - 1 for row in history)
     scale.set(title="mean step scale η", ylim=(1, 1 + top))
-    for axes in (losses, dice, scale):
-        axes.set(xlabel="round", xticks=rounds)
+    losses.set(title="training loss of each client", ylim=(0, 1))
+    dice.set(title="validation Dice", ylim=(0, 1))
     losses.legend()
     dice.legend()
     return figure
@@ -632,11 +737,14 @@ def methods_over_rounds(histories: dict[str, Sequence[dict]], title: str) -> Fig
     """Validation Dice of several runs over their rounds."""
     figure = new_figure(title, 3.4)
     panels = figure.subplots(1, 3, sharey=True)
+
+    # Marks and dashes, too: lines that lie on each other are told apart by more than colours.
+    lines = dict(zip(histories, ("o-", "s--", "^:"), strict=True))
     for axes, measure in zip(panels, ("Dice_S", "Dice_L", "Dice"), strict=True):
-        for (name, history), line in zip(histories.items(), ("o-", "s--", "^:"), strict=True):
+        for name, history in histories.items():
             rounds = [row["round"] for row in history]
             dice = [row[measure.lower()] for row in history]
-            axes.plot(rounds, dice, line, color=METHOD_COLOURS[name], label=name)
+            axes.plot(rounds, dice, lines[name], color=METHOD_COLOURS[name], label=name)
         axes.set(title=f"validation {measure}", xlabel="round", xticks=rounds, ylim=(0, 0.5))
     panels[2].legend()
     return figure
@@ -647,13 +755,15 @@ def two_statistics(dice: dict[tuple[str, str], tuple[float, float]], title: str)
 
     dice: {(method, centre): (averaged, own)}
     """
-    centres = list(dict.fromkeys(centre for _, centre in dice))
     figure = new_figure(title, 3.6)
+    centres = list(dict.fromkeys(centre for _, centre in dice))
+    panels = dict(zip(centres, figure.subplots(1, len(centres), sharey=True), strict=True))
+
+    for (method, centre), pair in dice.items():
+        panels[centre].plot([0, 1], pair, "o-", color=METHOD_COLOURS[method], label=method)
+
     top = 1.15 * max(max(pair) for pair in dice.values())
-    for axes, centre in zip(figure.subplots(1, len(centres), sharey=True), centres, strict=True):
-        for (method, where), pair in dice.items():
-            if where == centre:
-                axes.plot([0, 1], pair, "o-", color=METHOD_COLOURS[method], label=method)
+    for centre, axes in panels.items():
         axes.set_xticks([0, 1], ["averaged", "own"])
         axes.set(title=centre, xlim=(-0.4, 1.4), ylim=(0, top))
     axes.legend(fontsize=9)
@@ -663,17 +773,27 @@ def two_statistics(dice: dict[tuple[str, str], tuple[float, float]], title: str)
 
 def seed_table(values: dict[str, np.ndarray], title: str) -> Figure:
     """A point for each seed and method. values: {method: (seeds,)}"""
-    figure = new_figure(title, 3.2)
+    figure = new_figure(title, 3.8)
     axes = figure.subplots()
     for row, (name, dice) in enumerate(values.items()):
         axes.plot(dice, [row] * len(dice), "o", color=METHOD_COLOURS[name], alpha=0.6)
-        axes.plot(dice.mean(), row, "|", color=INK, ms=22, mew=2)
+        axes.plot(dice.mean(), row, "|", color=INK, ms=13, mew=2)
 
-        # Which seed is which: the same one may be best here and worst there.
-        for seed, value in enumerate(dice):
+        # Which seed is which: the same one may be best here and worst there. Neighbours get their
+        # numbers above and below in turn, so that two close ones can be read.
+        for place, seed in enumerate(dice.argsort()):
+            above = place % 2 == 0
             axes.annotate(
-                str(seed), (value, row), (0, 6), textcoords="offset points", ha="center", size=9
+                str(seed),
+                (dice[seed], row),
+                (0, 8 if above else -8),
+                textcoords="offset points",
+                ha="center",
+                va="bottom" if above else "top",
+                size=9,
             )
+
+    # The first method is on top.
     axes.set_yticks(range(len(values)), list(values))
     axes.set(xlabel="mean Dice (numbers: seeds, bars: means)", ylim=(len(values) - 0.4, -0.6))
     return figure
@@ -691,6 +811,8 @@ def intervals(found: dict[str, tuple[float, float, float]], title: str) -> Figur
         colour = INK if low <= 0 <= high else RED
         axes.plot([low, high], [row, row], color=colour, lw=2)
         axes.plot(mean, row, "o", color=colour)
+
+    # The first is on top.
     axes.axvline(0, color="0.3", lw=1)
     axes.set_yticks(range(len(found)), list(found))
     axes.set(xlabel="difference in Dice", ylim=(len(found) - 0.5, -0.5))
