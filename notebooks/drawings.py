@@ -723,21 +723,23 @@ def content_and_style(everyone: Mapping[str, Any], source: str) -> Figure:
     """Inverse areas, and mean red and blue, of each centre's images. everyone: {centre: Images}"""
     figure = new_figure(f"Two ways to differ ({source})", 3.8)
     left, right = figure.subplots(1, 2)
-    for n, (centre, images) in enumerate(everyone.items()):
+    for row, (centre, images) in enumerate(everyone.items()):
+        colour, _ = centre_style(centre)
         areas = images.inverse_area[images.inverse_area.isfinite()]  # those with a lesion
         box = left.boxplot(
             [areas.numpy()],
-            positions=[n],
+            positions=[row],
             widths=0.6,
             whis=(5, 95),
             showfliers=False,
             patch_artist=True,
             medianprops={"color": "black"},
         )
-        box["boxes"][0].set_facecolor(COLOURS[n])
+        box["boxes"][0].set_facecolor(colour)
 
-        red, _, blue = (images.images.float() / 255).flatten(2).mean(2).T
-        draw_cloud(right, n, centre, red, blue)
+        colours = images.images.float() / 255
+        red, _, blue = colours.flatten(2).mean(2).T
+        draw_cloud(right, centre, red, blue)
 
     left.set(yscale="log", ylabel="inverse area 1/a", title="content: sizes of lesions")
     left.yaxis.set_major_formatter("{x:g}")
@@ -747,11 +749,17 @@ def content_and_style(everyone: Mapping[str, Any], source: str) -> Figure:
     return figure
 
 
-def draw_cloud(axes: Axes, n: int, centre: str, x: Any, y: Any) -> None:
-    """A point for each image of the n-th centre, and a large one for their mean."""
-    style = {"color": COLOURS[n], "marker": MARKERS[n], "linestyle": "none"}
-    axes.plot(x, y, ms=3, alpha=0.35, **style)
-    axes.plot(x.mean(), y.mean(), ms=11, mec="black", label=centre, **style)
+def centre_style(centre: str) -> tuple[str, str]:
+    """The colour of a centre, the same as in notebook 1, which shows all of them; its marker."""
+    n = int(centre.removeprefix("C")) - 1
+    return COLOURS[n], MARKERS[n]
+
+
+def draw_cloud(axes: Axes, centre: str, x: Any, y: Any) -> None:
+    """A point for each image of a centre, and a large one for their mean."""
+    colour, marker = centre_style(centre)
+    axes.plot(x, y, marker, color=colour, ms=3, alpha=0.35)
+    axes.plot(x.mean(), y.mean(), marker, color=colour, ms=11, mec="black", label=centre)
 
 
 def loss_terms(
@@ -787,10 +795,11 @@ def loss_terms(
     return figure
 
 
-def anatomy(image: Any, reconstruction: Any, channels: Any, title: str) -> Figure:
+def anatomy(image: Any, reconstruction: Any, channels: Any, lesion: Any, title: str) -> Figure:
     """An image and its reconstruction, and the eight channels of anatomy in between.
 
-    image, reconstruction (3, H, W), as the network sees them; channels (8, H, W) in [-1, 1]
+    image, reconstruction (3, H, W), as the network sees them; channels (8, H, W) in [-1, 1];
+    lesion (H, W), which is outlined in all of them
     """
     figure = new_figure(title, 4.0)
     grid = figure.subplots(2, 5)
@@ -798,11 +807,11 @@ def anatomy(image: Any, reconstruction: Any, channels: Any, title: str) -> Figur
     # One map to [0, 1] for both, so that they compare.
     low = min(image.min(), reconstruction.min())
     high = max(image.max(), reconstruction.max())
-    for axes, name, x in zip(
-        grid[:, 0], ("image", "reconstruction"), (image, reconstruction), strict=True
-    ):
-        draw_picture(axes, ((x - low) / (high - low)).permute(1, 2, 0))
-        axes.set_title(name)
+    above, below = grid[:, 0]
+    draw_picture(above, ((image - low) / (high - low)).permute(1, 2, 0))
+    draw_picture(below, ((reconstruction - low) / (high - low)).permute(1, 2, 0))
+    above.set_title("image")
+    below.set_title("reconstruction")
 
     for i, axes in enumerate(grid[:, 1:].flat):
         # Purple and orange differ for colour-blind readers, and 0 is white.
@@ -810,6 +819,9 @@ def anatomy(image: Any, reconstruction: Any, channels: Any, title: str) -> Figur
         axes.set_title(f"anatomy {i + 1}")
         axes.set_axis_off()
     figure.colorbar(shown, ax=grid, ticks=[-1, 0, 1], shrink=0.8)
+
+    for axes in grid.flat:
+        outline(axes, lesion, "white", "solid")
     return figure
 
 
@@ -862,11 +874,11 @@ def codes(codes: Mapping[str, Any], source: str) -> Figure:
     left.grid(False)
     figure.colorbar(shown, ax=left, shrink=0.7)
 
-    for n, (centre, mu) in enumerate(codes.items()):
+    for centre, mu in codes.items():
         x, y = directions[:2] @ (mu - middle).T
-        draw_cloud(right, n, centre, x, y)
+        draw_cloud(right, centre, x, y)
     right.set(xlabel="PC 1", ylabel="PC 2", title=f"μ: {share:.0%} of its variance")
-    right.legend(title="mean of")
+    right.legend(title="mean of", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -1076,7 +1088,8 @@ def hounsfield(values: Mapping[str, Any], threshold: float) -> Figure:
     """Histograms of the Hounsfield units of several tissues, in voxels. values: {name: HU}"""
     figure = new_figure("How many voxels have which Hounsfield units", 3.2)
     axes = figure.subplots()
-    bins = np.arange(-200, 260, 10)
+    # The stand-in's noise comes in steps of 14 HU. Bars of two steps do not look like combs.
+    bins = np.arange(-208, 270, 28)
     for (name, hu), colour in zip(values.items(), (PALE, BLUE, ORANGE), strict=True):
         axes.hist(hu, bins, color=colour, alpha=0.75, label=name)
     axes.axvline(threshold, color=INK, ls="--", label="halfway")
@@ -1097,11 +1110,18 @@ def slices(
     axes = figure.subplots()
     colours = {None: PALE, False: BLUE, True: RED}
     names = {None: "dropped", False: "kept", True: "kept, and small"}
+    with_tumour = [k for k in range(len(pixels)) if pixels[k] > 0]
     for kind, colour in colours.items():
-        chosen = [k for k in range(len(pixels)) if small.get(k) == kind]
-        # A bar of no pixels would be invisible on a logarithmic axis.
-        heights = [max(pixels[k], 0.8) for k in chosen]
-        axes.bar(chosen, heights, color=colour, label=names[kind])
+        chosen = [k for k in with_tumour if small.get(k) == kind]
+        if chosen:
+            heights = [pixels[k] for k in chosen]
+            axes.bar(chosen, heights, color=colour, label=names[kind])
+
+    # A bar of no pixels would be invisible on a logarithmic axis.
+    empty = [k for k in range(len(pixels)) if pixels[k] == 0]
+    axes.plot(empty, [1.0] * len(empty), "x", color=GREY, label="no tumour, dropped")
+    axes.set_ylim(bottom=0.7)
+
     axes.axhline(fewest, color=INK, ls=":", label=f"{fewest} pixels")
     axes.axhline(limit, color=INK, ls="--", label="1/1000 of the slice")
 
