@@ -943,7 +943,7 @@ PATH_COLOURS = {
 def bytes_of_passes(passes: Sequence[Any], one_pass: int) -> Figure:
     """The bytes that each pass reads and writes, all of them together, and those of one pass.
 
-    passes: (operation, read, written), in bytes a parameter
+    passes: (operation, read, written), in bytes per parameter
     """
     names = [f"{number}  {one.operation}" for number, one in enumerate(passes, start=1)]
     read = [one.read for one in passes]
@@ -974,10 +974,10 @@ def step_times(
     bytes_each: Mapping[str, float],
     bandwidth: float,
 ) -> Figure:
-    """The step's time a parameter, by size, beside what its bytes take.
+    """The step's time per parameter, by size, beside what its bytes take.
 
-    step_ms: {path: milliseconds of each size}; bytes_each: {path: bytes a parameter}; bandwidth in
-    GB/s
+    step_ms: {path: milliseconds of each size}; bytes_each: {path: bytes per parameter};
+    bandwidth in GB/s
     """
     figure = new_figure("adamw_accumulate_ on this machine's CPU", 4.0)
     axes = figure.subplots()
@@ -991,7 +991,7 @@ def step_times(
             label = f"{count:.0f} bytes at {bandwidth:.0f} GB/s"
             axes.axhline(count / bandwidth, ls=":", color=PATH_COLOURS[name], label=label)
 
-    axes.set(xlabel="parameters (millions)", ylabel="time a parameter (ns)", xscale="log")
+    axes.set(xlabel="parameters (millions)", ylabel="time per parameter (ns)", xscale="log")
     axes.set_xticks(millions, [f"{million:.3g}" for million in millions])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
@@ -1004,8 +1004,8 @@ def roofline(
 ) -> Figure:
     """What limits a program, and where the operations are, an arrow from path to path.
 
-    bandwidth in GB/s, peak in billions of operations a second; points: {(operation, path):
-    (operations a byte, billions of operations a second)}
+    bandwidth in GB/s, peak in billions of operations per second; points: {(operation, path):
+    (operations per byte, billions of operations per second)}
     """
     figure = new_figure("Roofline of this machine's CPU", 4.6)
     axes = figure.subplots()
@@ -1026,7 +1026,7 @@ def roofline(
         arrow = {"arrowstyle": "->", "color": GREY, "shrinkA": 6, "shrinkB": 6}
         axes.annotate("", ends[-1], ends[0], arrowprops=arrow)
 
-    axes.set(xlabel="operations a byte", ylabel="billions of operations a second")
+    axes.set(xlabel="operations per byte", ylabel="billions of operations per second")
     axes.legend(loc="lower right")
     return figure
 
@@ -1036,12 +1036,14 @@ def threads(parameters: int, threads: int, width: int) -> Figure:
 
     threads: of a block. (A GPU's blocks have many more; so few can be drawn.)
     """
-    figure = new_figure(f"{parameters} parameters, {threads} threads a block", 3.2)
+    figure = new_figure(f"{parameters} parameters, {threads} threads per block", 3.2)
     naive, in_use = figure.subplots(2, 1)
     draw_threads(naive, parameters, threads, 1)
     naive.set_title("the naive kernel: a thread for each parameter")
     draw_threads(in_use, parameters, threads, width)
-    in_use.set_title(f"in use: {width} neighbours a thread; what is left over goes singly (orange)")
+    in_use.set_title(
+        f"in use: a thread takes {width} neighbours; what is left over goes singly (orange)"
+    )
     return figure
 
 
