@@ -4,6 +4,8 @@ First what all notebooks share, then a section for each, in their order. A funct
 matplotlib Figure of its own; a cell shows it with `show`, and says what is seen:
 
     drawings.show(drawings.sizes(federation), "What a reader sees who cannot see the picture.")
+
+Notebook 5 also shows source texts, cut out of the files that they stand in.
 """
 
 import base64
@@ -11,13 +13,15 @@ import io
 import math
 import operator
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ipywidgets
 import numpy as np
 import torch
-from IPython.display import display
+from IPython.display import Markdown, display
 from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -967,6 +971,32 @@ PATH_COLOURS = {
     "PyTorch lines": ORANGE,
     "compiled": BLUE,
 }
+
+
+def show_source(text: str, language: str) -> None:
+    """Show source text in the colours of its language."""
+    display(Markdown(f"```{language}\n{text}\n```"))
+
+
+def excerpt(file: str, name: str) -> None:
+    """Show a function of a source file of csrc/, with the comment above it."""
+    lines = Path("csrc", file).read_text(encoding="utf-8").splitlines()
+
+    # It begins in the first column, and so does the line with its last brace.
+    begins = re.compile(rf"[^\s/#].*\b{name}[( ]|{name}\(")
+    first = 0
+    while not begins.match(lines[first]):
+        first += 1
+
+    ends = re.compile(r"\};?|\S.*\}")
+    last = first
+    while not ends.fullmatch(lines[last]):
+        last += 1
+
+    while re.match("//|template|__global__", lines[first - 1]):
+        first -= 1
+    text = "\n".join(lines[first : last + 1])
+    show_source(f"// csrc/{file}\n{text}", "cpp")
 
 
 def bytes_of_passes(passes: Sequence[Any], one_pass: int) -> Figure:
