@@ -4,6 +4,8 @@ First what all notebooks share, then a section for each, in their order. A funct
 matplotlib Figure of its own; a cell shows it with `show`, and says what is seen:
 
     drawings.show(drawings.sizes(federation), "What a reader sees who cannot see the picture.")
+
+Notebook 5 also shows source texts, cut out of the files that they stand in.
 """
 
 import base64
@@ -11,13 +13,15 @@ import io
 import math
 import operator
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ipywidgets
 import numpy as np
 import torch
-from IPython.display import display
+from IPython.display import Markdown, display
 from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -827,10 +831,12 @@ MARKERS = "os^Dv*"
 def frames(frames: Mapping[str, tuple[Any, int]], title: str) -> Figure:
     """A frame of each centre with its lesion outlined. frames: {centre: (data.Images, index)}"""
     figure = new_figure(title, 2.9)
-    row = figure.subplots(1, len(frames), squeeze=False)[0]
+    [row] = figure.subplots(1, len(frames), squeeze=False)
     for axes, (centre, (images, i)) in zip(row, frames.items(), strict=True):
-        draw_picture(axes, images.images[i].permute(1, 2, 0))
-        outline(axes, images.masks[i, 0].numpy(), "white", "solid")
+        picture = images.images[i].permute(1, 2, 0)
+        lesion = images.masks[i, 0].numpy()
+        draw_picture(axes, picture)
+        outline(axes, lesion, "white", "solid")
         axes.set_title(f"{centre}, 1/a = {images.inverse_area[i]:.0f}")
     return figure
 
@@ -845,22 +851,28 @@ def content_and_style(everyone: Mapping[str, Any], source: str) -> Figure:
     """Inverse areas, and mean red and blue, of each centre's images. everyone: {centre: Images}"""
     figure = new_figure(f"Two ways to differ ({source})", 3.8)
     left, right = figure.subplots(1, 2)
-    for n, (centre, images) in enumerate(everyone.items()):
-        areas = images.inverse_area[images.inverse_area.isfinite()]  # those with a lesion
+    for row, (centre, images) in enumerate(everyone.items()):
+        # Content. An image without a lesion has no area to draw.
+        colour, _ = centre_style(centre)
+        with_lesion = images.inverse_area.isfinite()
+        areas = images.inverse_area[with_lesion]
         box = left.boxplot(
             [areas.numpy()],
-            positions=[n],
+            positions=[row],
             widths=0.6,
             whis=(5, 95),
             showfliers=False,
             patch_artist=True,
             medianprops={"color": "black"},
         )
-        box["boxes"][0].set_facecolor(COLOURS[n])
+        box["boxes"][0].set_facecolor(colour)
 
-        red, _, blue = (images.images.float() / 255).flatten(2).mean(2).T
-        draw_cloud(right, n, centre, red, blue)
+        # Style.
+        colours = images.images.float() / 255
+        mean_colours = colours.flatten(2).mean(2)
+        draw_cloud(right, centre, mean_colours[:, 0], mean_colours[:, 2])
 
+    # Sizes of lesions range over factors of a hundred.
     left.set(yscale="log", ylabel="inverse area 1/a", title="content: sizes of lesions")
     left.yaxis.set_major_formatter("{x:g}")
     left.set_xticks(range(len(everyone)), list(everyone))
@@ -869,11 +881,17 @@ def content_and_style(everyone: Mapping[str, Any], source: str) -> Figure:
     return figure
 
 
-def draw_cloud(axes: Axes, n: int, centre: str, x: Any, y: Any) -> None:
-    """A point for each image of the n-th centre, and a large one for their mean."""
-    style = {"color": COLOURS[n], "marker": MARKERS[n], "linestyle": "none"}
-    axes.plot(x, y, ms=3, alpha=0.35, **style)
-    axes.plot(x.mean(), y.mean(), ms=11, mec="black", label=centre, **style)
+def centre_style(centre: str) -> tuple[str, str]:
+    """The colour of a centre, the same as in notebook 1, which shows all of them; its marker."""
+    n = int(centre.removeprefix("C")) - 1
+    return COLOURS[n], MARKERS[n]
+
+
+def draw_cloud(axes: Axes, centre: str, x: Any, y: Any) -> None:
+    """A point for each image of a centre, and a large one for their mean."""
+    colour, marker = centre_style(centre)
+    axes.plot(x, y, marker, color=colour, ms=3, alpha=0.35)
+    axes.plot(x.mean(), y.mean(), marker, color=colour, ms=11, mec="black", label=centre)
 
 
 def loss_terms(
@@ -889,17 +907,20 @@ def loss_terms(
     """
     figure = new_figure(f"The terms of the loss ({source})", 5.0)
     grid = figure.subplots(2, 2, sharex=True)
-    after = list(range(len(validation)))
-    during = [round_ + 0.5 for round_ in range(len(training))]
+
+    # What is measured during a round stands halfway between its two ends.
+    after = np.arange(len(validation))
+    during = np.arange(len(training)) + 0.5
+
     for axes, (name, weight) in zip(grid.flat, weights.items(), strict=True):
-        values = [terms[name] for terms in validation]
-        axes.plot(after, values, "s-", color=BLUE, label="validation, after the round")
-        values = [terms[name] for terms in training]
-        axes.plot(during, values, "o--", color=ORANGE, label="training, mean of the round")
+        validated = [terms[name] for terms in validation]
+        trained = [terms[name] for terms in training]
+        axes.plot(after, validated, "s-", color=BLUE, label="validation, after the round")
+        axes.plot(during, trained, "o--", color=ORANGE, label="training, mean of the round")
         axes.set(title=f"{name} (weight {weight:g})", xticks=after, ylim=(0, None))
         if name == "reconstruction":
             axes.axhline(floor, color=RED, ls=":", label="limit of tanh")
-            axes.set_ylim(0, 1.5 * values[0])
+            axes.set_ylim(0, 1.5 * trained[0])  # room for the legend
             axes.legend(loc="upper right", fontsize=9)
 
     for axes in grid[1]:
@@ -909,29 +930,34 @@ def loss_terms(
     return figure
 
 
-def anatomy(image: Any, reconstruction: Any, channels: Any, title: str) -> Figure:
+def anatomy(image: Any, reconstruction: Any, channels: Any, lesion: Any, title: str) -> Figure:
     """An image and its reconstruction, and the eight channels of anatomy in between.
 
-    image, reconstruction (3, H, W), as the network sees them; channels (8, H, W) in [-1, 1]
+    image, reconstruction (3, H, W), as the network sees them; channels (8, H, W) in [-1, 1];
+    lesion (H, W), which is outlined in all of them
     """
     figure = new_figure(title, 4.0)
     grid = figure.subplots(2, 5)
 
     # One map to [0, 1] for both, so that they compare.
-    low = min(image.min(), reconstruction.min())
-    high = max(image.max(), reconstruction.max())
-    for axes, name, x in zip(
-        grid[:, 0], ("image", "reconstruction"), (image, reconstruction), strict=True
-    ):
-        draw_picture(axes, ((x - low) / (high - low)).permute(1, 2, 0))
-        axes.set_title(name)
+    both = torch.stack([image, reconstruction])
+    low, high = both.min(), both.max()
+    scaled = (both - low) / (high - low)
+    above, below = grid[:, 0]
+    draw_picture(above, scaled[0].permute(1, 2, 0))
+    draw_picture(below, scaled[1].permute(1, 2, 0))
+    above.set_title("image")
+    below.set_title("reconstruction")
 
+    # Purple and orange differ for colour-blind readers, too, and 0 is white.
     for i, axes in enumerate(grid[:, 1:].flat):
-        # Purple and orange differ for colour-blind readers, and 0 is white.
         shown = axes.imshow(channels[i], cmap="PuOr", vmin=-1, vmax=1, interpolation="nearest")
         axes.set_title(f"anatomy {i + 1}")
         axes.set_axis_off()
     figure.colorbar(shown, ax=grid, ticks=[-1, 0, 1], shrink=0.8)
+
+    for axes in grid.flat:
+        outline(axes, lesion, "white", "solid")
     return figure
 
 
@@ -945,20 +971,27 @@ def erased(
     """
     figure = new_figure(f"What the segmentor relies on ({source})", 3.2)
     bars, image, map_, lesion = figure.subplots(1, 4, width_ratios=(2.2, 1, 1, 1))
+
+    # The axis is much longer than the bars: what is tiny has to look tiny.
     numbers = range(1, len(growth) + 1)
     bars.bar(numbers, growth, yerr=error, color=BLUE, ecolor=INK, capsize=3)
     bars.axhline(0, color=INK, lw=1)
     bars.set(xlabel="channel erased", ylabel="the dice term grows by", xticks=numbers)
     bars.set_ylim(-0.1, 0.2)
 
-    draw_picture(image, one.images[0].permute(1, 2, 0))
+    picture = one.images[0].permute(1, 2, 0)
+    draw_picture(image, picture)
     image.set_title("image, lesion")
+
     map_.imshow(channel, cmap="PuOr", vmin=-1, vmax=1, interpolation="nearest")
     map_.set_title(f"channel {number}")
+
     lesion.imshow(probability, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
     lesion.set_title("lesion, predicted")
+
+    truth = one.masks[0, 0].numpy()
     for axes in (image, map_, lesion):
-        outline(axes, one.masks[0, 0].numpy(), "white", "solid")
+        outline(axes, truth, "white", "solid")
         axes.set_axis_off()
     return figure
 
@@ -969,26 +1002,31 @@ def codes(codes: Mapping[str, Any], source: str) -> Figure:
     codes: {centre: (N, 8)}
     """
     table = torch.stack([mu.mean(0) for mu in codes.values()])
+
+    # Principal components: the directions in which all codes together vary most come first.
     stacked = torch.cat(list(codes.values()))
     middle = stacked.mean(0)
     _, spread, directions = torch.linalg.svd(stacked - middle, full_matrices=False)
-    share = spread[:2].square().sum() / spread.square().sum()
+    variances = spread.square()
+    share = variances[:2].sum() / variances.sum()
 
     figure = new_figure(f"The codes of the images ({source})", 3.8)
     left, right = figure.subplots(1, 2)
-    limit = table.abs().max()
+
+    limit = table.abs().max()  # so that 0 is white
     shown = left.imshow(table, cmap="PuOr", vmin=-limit, vmax=limit)
     left.set_yticks(range(len(codes)), list(codes))
-    left.set_xticks(range(table.shape[1]), range(1, table.shape[1] + 1))
+    numbers = table.shape[1]
+    left.set_xticks(range(numbers), range(1, numbers + 1))
     left.set(xlabel="number of the code", title="mean of μ")
     left.grid(False)
     figure.colorbar(shown, ax=left, shrink=0.7)
 
-    for n, (centre, mu) in enumerate(codes.items()):
-        x, y = directions[:2] @ (mu - middle).T
-        draw_cloud(right, n, centre, x, y)
+    for centre, mu in codes.items():
+        along = (mu - middle) @ directions[:2].T
+        draw_cloud(right, centre, along[:, 0], along[:, 1])
     right.set(xlabel="PC 1", ylabel="PC 2", title=f"μ: {share:.0%} of its variance")
-    right.legend(title="mean of")
+    right.legend(title="mean of", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -996,7 +1034,7 @@ def named_right(right: Mapping[str, float], largest: float, count: int, source: 
     """The share of images whose centre was named right, by what was known of them."""
     figure = new_figure(f"Which centre is it from? ({source}, {count} images)", 2.8)
     axes = figure.subplots()
-    error = (0.25 / count) ** 0.5
+    error = (0.25 / count) ** 0.5  # of a share near one half; elsewhere it is a little less
     names = list(right)
     colours = [BLUE, PALE, ORANGE, GREEN]
     axes.barh(names, list(right.values()), xerr=error, capsize=3, color=colours)
@@ -1016,7 +1054,10 @@ def swaps(grid: Mapping[tuple[str, str], Any], title: str) -> Figure:
     for (row, column), picture in grid.items():
         axes = cells[rows.index(row), columns.index(column)]
         draw_picture(axes, picture)
-        axes.set_title(f"{row}, {column}" if column == "image" else column)
+
+        # The first picture of a row says whose row it is.
+        name = f"{row}, {column}" if column == "image" else column
+        axes.set_title(name)
     return figure
 
 
@@ -1027,11 +1068,15 @@ def swapped_colours(real: Any, swap: Any, slopes: Mapping[str, float], source: s
     """
     figure = new_figure(f"Swapping codes, all pairs of clients ({source})", 3.6)
     row = figure.subplots(1, 3, sharex=True, sharey=True)
-    limit = 1.1 * real.abs().max().item()
     inks = (RED, GREEN, BLUE)
-    for n, (axes, (name, slope)) in enumerate(zip(row, slopes.items(), strict=True)):
-        axes.plot([-limit, limit], [-limit, limit], "--", color=GREY, label="a full swap")
-        axes.plot([-limit, limit], [-limit * slope, limit * slope], color=inks[n])
+
+    # All panels have the same axes: how far colours differ is to be compared, too.
+    limit = 1.1 * real.abs().max().item()
+    ends = np.array([-limit, limit])
+    for n, (name, slope) in enumerate(slopes.items()):
+        axes = row[n]
+        axes.plot(ends, ends, "--", color=GREY, label="a full swap")
+        axes.plot(ends, slope * ends, color=inks[n])
         axes.plot(real[:, n], swap[:, n], "o", color=inks[n])
         axes.set(title=f"{name}: slope {slope:.2f}", ylim=(-limit, limit))
         axes.locator_params(nbins=5)
@@ -1050,27 +1095,56 @@ PATH_COLOURS = {
 }
 
 
+def show_source(text: str, language: str) -> None:
+    """Show source text in the colours of its language."""
+    display(Markdown(f"```{language}\n{text}\n```"))
+
+
+def excerpt(file: str, name: str) -> None:
+    """Show a function of a source file of csrc/, with the comment above it."""
+    lines = Path("csrc", file).read_text(encoding="utf-8").splitlines()
+
+    # It begins in the first column, and so does the line with its last brace.
+    begins = re.compile(rf"[^\s/#].*\b{name}[( ]|{name}\(")
+    first = 0
+    while not begins.match(lines[first]):
+        first += 1
+
+    ends = re.compile(r"\};?|\S.*\}")
+    last = first
+    while not ends.fullmatch(lines[last]):
+        last += 1
+
+    while re.match("//|template|__global__", lines[first - 1]):
+        first -= 1
+    text = "\n".join(lines[first : last + 1])
+    show_source(f"// csrc/{file}\n{text}", "cpp")
+
+
 def bytes_of_passes(passes: Sequence[Any], one_pass: int) -> Figure:
     """The bytes that each pass reads and writes, all of them together, and those of one pass.
 
-    passes: (operation, read, written), in bytes a parameter
+    passes: (operation, read, written), in bytes per parameter
     """
-    names = [f"{number}  {one.operation}" for number, one in enumerate(passes, start=1)]
-    read = [one.read for one in passes]
-    written = [one.written for one in passes]
+    # Passes may have the same operation; their numbers keep the bars apart.
+    names = []
+    for number, one in enumerate(passes, start=1):
+        names.append(f"{number}  {one.operation}")
+    read = np.array([one.read for one in passes])
+    written = np.array([one.written for one in passes])
 
     figure = new_figure("adamw_accumulate_: bytes moved for each parameter", 4.3)
     axes = figure.subplots()
     axes.barh(names, read, color=BLUE, label="read")
     axes.barh(names, written, left=read, color=ORANGE, label="written")
-    total = sum(read) + sum(written)
+
+    total = (read + written).sum()
     axes.barh(["all passes"], [total], color=INK)
     axes.barh(["one pass"], [one_pass], color=GREEN)
 
-    for row, count in enumerate([r + w for r, w in zip(read, written, strict=True)]):
+    # A number behind each bar.
+    for row, count in enumerate([*(read + written), total, one_pass]):
         axes.text(count + 1, row, f"{count:.0f}", va="center")
-    axes.text(total + 1, len(passes), f"{total:.0f}", va="center")
-    axes.text(one_pass + 1, len(passes) + 1, f"{one_pass}", va="center")
 
     axes.set(xlabel="bytes", xlim=(0, 1.08 * total))
     axes.invert_yaxis()
@@ -1084,24 +1158,25 @@ def step_times(
     bytes_each: Mapping[str, float],
     bandwidth: float,
 ) -> Figure:
-    """The step's time a parameter, by size, beside what its bytes take.
+    """The step's time per parameter, by size, beside what its bytes take.
 
-    step_ms: {path: milliseconds of each size}; bytes_each: {path: bytes a parameter}; bandwidth in
-    GB/s
+    step_ms: {path: milliseconds of each size}; bytes_each: {path: bytes per parameter};
+    bandwidth in GB/s
     """
     figure = new_figure("adamw_accumulate_ on this machine's CPU", 4.0)
     axes = figure.subplots()
-    millions = [size / 1e6 for size in sizes]
+    millions = np.array(sizes) / 1e6
     for name, times in step_ms.items():
-        nanoseconds = [ms / million for ms, million in zip(times, millions, strict=True)]
+        nanoseconds = np.array(times) / millions  # milliseconds by millions
         axes.plot(millions, nanoseconds, "o-", color=PATH_COLOURS[name], label=name)
 
+    # What memory alone would take.
     for name, count in bytes_each.items():
         if name in step_ms:
             label = f"{count:.0f} bytes at {bandwidth:.0f} GB/s"
             axes.axhline(count / bandwidth, ls=":", color=PATH_COLOURS[name], label=label)
 
-    axes.set(xlabel="parameters (millions)", ylabel="time a parameter (ns)", xscale="log")
+    axes.set(xlabel="parameters (millions)", ylabel="time per parameter (ns)", xscale="log")
     axes.set_xticks(millions, [f"{million:.3g}" for million in millions])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
@@ -1114,14 +1189,16 @@ def roofline(
 ) -> Figure:
     """What limits a program, and where the operations are, an arrow from path to path.
 
-    bandwidth in GB/s, peak in billions of operations a second; points: {(operation, path):
-    (operations a byte, billions of operations a second)}
+    bandwidth in GB/s, peak in billions of operations per second; points: {(operation, path):
+    (operations per byte, billions of operations per second)}
     """
     figure = new_figure("Roofline of this machine's CPU", 4.6)
     axes = figure.subplots()
+
+    # The roof: as fast as memory delivers, up to what the processor can compute.
     corner = peak / bandwidth
-    x = [0.05, corner, 10 * corner]
-    axes.loglog(x, [0.05 * bandwidth, peak, peak], color=INK, lw=2)
+    x = np.array([0.05, corner, 10 * corner])
+    axes.loglog(x, np.minimum(x * bandwidth, peak), color=INK, lw=2)
     axes.text(2 * corner, 1.1 * peak, "limit: arithmetic", ha="left")
     axes.text(0.3 * corner, 0.24 * peak, "limit: memory", ha="left", va="top")
 
@@ -1131,12 +1208,13 @@ def roofline(
         axes.plot(
             intensity, speed, markers[operation], ms=9, color=PATH_COLOURS[path], label=label, ls=""
         )
+
+    arrow = {"arrowstyle": "->", "color": GREY, "shrinkA": 6, "shrinkB": 6}
     for operation in markers:
         ends = [point for (name, _), point in points.items() if name == operation]
-        arrow = {"arrowstyle": "->", "color": GREY, "shrinkA": 6, "shrinkB": 6}
-        axes.annotate("", ends[-1], ends[0], arrowprops=arrow)
+        axes.annotate("", xy=ends[-1], xytext=ends[0], arrowprops=arrow)
 
-    axes.set(xlabel="operations a byte", ylabel="billions of operations a second")
+    axes.set(xlabel="operations per byte", ylabel="billions of operations per second")
     axes.legend(loc="lower right")
     return figure
 
@@ -1146,27 +1224,32 @@ def threads(parameters: int, threads: int, width: int) -> Figure:
 
     threads: of a block. (A GPU's blocks have many more; so few can be drawn.)
     """
-    figure = new_figure(f"{parameters} parameters, {threads} threads a block", 3.2)
+    figure = new_figure(f"{parameters} parameters, {threads} threads per block", 3.2)
     naive, in_use = figure.subplots(2, 1)
     draw_threads(naive, parameters, threads, 1)
     naive.set_title("the naive kernel: a thread for each parameter")
     draw_threads(in_use, parameters, threads, width)
-    in_use.set_title(f"in use: {width} neighbours a thread; what is left over goes singly (orange)")
+    in_use.set_title(
+        f"in use: a thread takes {width} neighbours; what is left over goes singly (orange)"
+    )
     return figure
 
 
 def draw_threads(axes: Axes, parameters: int, threads: int, width: int) -> None:
     """A row of parameters in the colours of their threads, and the blocks below them."""
     for i in range(parameters):
+        # Neighbouring threads have different colours.
         number = i // width
-        colour = (SKY, BLUE)[number % 2]
+        colour = SKY if number % 2 == 0 else BLUE
         if (number + 1) * width > parameters:  # not enough are left for a whole access
             colour = ORANGE
         axes.add_patch(Rectangle((i, 0), 1, 1, facecolor=colour, edgecolor="white"))
+
+        # The thread's number within its block, once for all of its parameters.
         if i % width == 0:
             end = min(i + width, parameters)
-            ink = "white" if colour == BLUE else INK
             middle = (i + end) / 2
+            ink = "white" if colour == BLUE else INK
             axes.text(middle, 0.45, f"{number % threads}", color=ink, ha="center", va="center")
 
     of_block = threads * width
@@ -1198,7 +1281,8 @@ def hounsfield(values: Mapping[str, Any], threshold: float) -> Figure:
     """Histograms of the Hounsfield units of several tissues, in voxels. values: {name: HU}"""
     figure = new_figure("How many voxels have which Hounsfield units", 3.2)
     axes = figure.subplots()
-    bins = np.arange(-200, 260, 10)
+    # The stand-in's noise comes in steps of 14 HU. Bars of two steps do not look like combs.
+    bins = np.arange(-208, 270, 28)
     for (name, hu), colour in zip(values.items(), (PALE, BLUE, ORANGE), strict=True):
         axes.hist(hu, bins, color=colour, alpha=0.75, label=name)
     axes.axvline(threshold, color=INK, ls="--", label="halfway")
@@ -1219,11 +1303,18 @@ def slices(
     axes = figure.subplots()
     colours = {None: PALE, False: BLUE, True: RED}
     names = {None: "dropped", False: "kept", True: "kept, and small"}
+    with_tumour = [k for k in range(len(pixels)) if pixels[k] > 0]
     for kind, colour in colours.items():
-        chosen = [k for k in range(len(pixels)) if small.get(k) == kind]
-        # A bar of no pixels would be invisible on a logarithmic axis.
-        heights = [max(pixels[k], 0.8) for k in chosen]
-        axes.bar(chosen, heights, color=colour, label=names[kind])
+        chosen = [k for k in with_tumour if small.get(k) == kind]
+        if chosen:
+            heights = [pixels[k] for k in chosen]
+            axes.bar(chosen, heights, color=colour, label=names[kind])
+
+    # A bar of no pixels would be invisible on a logarithmic axis.
+    empty = [k for k in range(len(pixels)) if pixels[k] == 0]
+    axes.plot(empty, [1.0] * len(empty), "x", color=GREY, label="no tumour, dropped")
+    axes.set_ylim(bottom=0.7)
+
     axes.axhline(fewest, color=INK, ls=":", label=f"{fewest} pixels")
     axes.axhline(limit, color=INK, ls="--", label="1/1000 of the slice")
 
@@ -1237,11 +1328,14 @@ def inverse_areas(areas: Mapping[str, Any], tau: float, title: str) -> Figure:
     """Every slice by its inverse area, a row for each centre. areas: {centre: (N,)}"""
     figure = new_figure(title, 3.2)
     axes = figure.subplots()
+
+    # Points are moved up and down at random, or they would cover each other.
     rng = np.random.default_rng(0)
     for row, values in enumerate(areas.values()):
         height = row + rng.uniform(-0.3, 0.3, len(values))
         colours = np.where(values >= tau, RED, BLUE)
         axes.scatter(values, height, s=10, color=colours, alpha=0.6, linewidths=0)
+
     axes.axvline(tau, color=INK, ls="--")
     axes.text(tau, len(areas) - 0.45, f" τ = {tau}: small", va="center", color=RED)
     axes.set(xscale="log", xlabel="inverse area: pixels of the slice / pixels of its tumour")
@@ -1263,7 +1357,9 @@ def dice_by_round(history: Sequence[Mapping[str, float]], source: str) -> Figure
         "Dice_S, own": (right, RED, "Dice_S (small)"),
     }
     for column, (axes, colour, label) in lines.items():
-        axes.plot(rounds, [row[column] for row in history], "o-", color=colour, label=label)
+        dice = [row[column] for row in history]
+        axes.plot(rounds, dice, "o-", color=colour, label=label)
+
     left.set(title="the same weights, twice", ylabel="mean Dice", ylim=(-0.03, 1))
     right.set_title("own statistics, by size")
     for axes in (left, right):
@@ -1278,16 +1374,22 @@ def dice_by_size(sizes: Mapping[str, Any], tau: float, source: str) -> Figure:
     sizes: {name: (N, at least 2): inverse area, Dice}
     """
     figure = new_figure(f"Slices that nobody trained on ({source})", 3.8)
-    row = figure.subplots(1, len(sizes), sharex=True, sharey=True, squeeze=False)[0]
+    [row] = figure.subplots(1, len(sizes), sharex=True, sharey=True, squeeze=False)
     for axes, (name, found) in zip(row, sizes.items(), strict=True):
-        area, dice = found[:, 0].numpy(), found[:, 1].numpy()
+        area = found[:, 0].numpy()
+        dice = found[:, 1].numpy()
         colours = np.where(area >= tau, RED, BLUE)
         axes.scatter(area, dice, s=14, color=colours, alpha=0.5, linewidths=0)
 
-        # Means of a tenth of the slices each, by size.
-        groups = np.array_split(np.argsort(area), max(min(10, len(area) // 4), 1))
-        x = [np.exp(np.log(area[group]).mean()) for group in groups]
-        axes.plot(x, [dice[group].mean() for group in groups], "-", color=INK, label="mean")
+        # Means of a tenth of the slices each, by size; of fewer parts where there are few slices.
+        # The axis is logarithmic, so the middle of a part is the mean of logarithms.
+        parts = max(min(10, len(area) // 4), 1)
+        x = []
+        means = []
+        for part in np.array_split(np.argsort(area), parts):
+            x.append(np.exp(np.log(area[part]).mean()))
+            means.append(dice[part].mean())
+        axes.plot(x, means, "-", color=INK, label="mean")
         axes.axvline(tau, color=INK, ls="--", label=f"τ = {tau}")
         axes.set(title=name, xscale="log", ylim=(-0.03, 1.03))
         axes.set_xlabel("inverse area 1/a (small to the right)")
@@ -1300,7 +1402,8 @@ def dice_by_size(sizes: Mapping[str, Any], tau: float, source: str) -> Figure:
 def volume(grey: Any, truth: Any, predicted: Any, numbers: Sequence[int], title: str) -> Figure:
     """Slices of a volume with two outlines. grey (N, H, W, 1); truth, predicted (H, W, N)"""
     figure = new_figure(title, 6.2)
-    for i, axes in enumerate(figure.subplots(2, 3).flat):
+    grid = figure.subplots(2, 3)
+    for i, axes in enumerate(grid.flat):
         draw_picture(axes, grey[i])
         outline(axes, truth[..., i], "white", "solid")
         outline(axes, predicted[..., i], SKY, "dashed")
@@ -1321,9 +1424,12 @@ def files_as_read(rows: Mapping[str, Sequence[Any]], title: str) -> Figure:
     headings = ("image, as stored", "mask, as stored", "image, as read", "lesion, as read")
     for line, (name, pictures_of) in zip(grid, rows.items(), strict=True):
         for axes, heading, picture in zip(line, headings, pictures_of, strict=True):
-            # Black is 0 and white the largest number of the type, as in a simple viewer.
             picture = np.asarray(picture)
-            most = 1 if picture.dtype == bool else np.iinfo(picture.dtype).max
+
+            # Black is 0 and white the largest number of the type, as in a simple viewer.
+            most = 1
+            if picture.dtype != bool:
+                most = np.iinfo(picture.dtype).max
             axes.imshow(picture, cmap="gray", vmin=0, vmax=most, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             axes.grid(False)
@@ -1343,6 +1449,8 @@ def first_look(seen: Sequence[Any], tau: float, log_base: float, title: str) -> 
 
     figure = new_figure(title, 8.4)
     above, below = figure.subfigures(2, 1, height_ratios=(5.4, 2.8))
+
+    # A panel for each hospital, and one for the difficulties, with the same horizontal axis.
     ratios = [1] * len(groups) + [2]
     *panels, last = above.subplots(len(groups) + 1, 1, sharex=True, height_ratios=ratios)
     for axes, (name, group) in zip(panels, groups.items(), strict=True):
@@ -1351,10 +1459,11 @@ def first_look(seen: Sequence[Any], tau: float, log_base: float, title: str) -> 
     pictures.draw_difficulties(last, with_lesion, edges, tau, log_base)
 
     row = below.subplots(1, 4)
-    for axes, one in zip(row, pictures.smallest_of(with_lesion, 4), strict=False):
+    smallest = pictures.smallest_of(with_lesion, len(row))
+    for axes, one in zip(row, smallest, strict=False):
         pictures.draw_seen(axes, one)
     for axes in row:
-        axes.set_axis_off()
+        axes.set_axis_off()  # also where there were fewer images
     return figure
 
 
@@ -1372,12 +1481,15 @@ def effects_of_tau(
     small, scaled, eta = np.transpose(curves)
     figure = new_figure(f"What τ would do, training images of {source}", 3.6)
     shares, scale = figure.subplots(1, 2)
+
     shares.plot(taus, small, color=RED, label="small images")
     shares.plot(taus, scaled, color=BLUE, label="scaled steps")
     shares.axhline(published, color=GREY, ls="--", lw=1, label="small in PolypGen")
     shares.set(ylabel="share", ylim=(0, 1))
+
     scale.plot(taus, eta, color=GREEN, label="mean η")
-    scale.set(ylabel="mean η of all steps", ylim=(1, None))
+    scale.set(ylabel="mean η of all steps", ylim=(1, None))  # no step counts less than once
+
     for axes in (shares, scale):
         axes.axvline(suggested, color=INK, ls=":", label=f"suggestion: {suggested:g}")
         axes.set(xscale="log", xlabel="τ")
@@ -1395,16 +1507,21 @@ def training(history: Sequence[Mapping[str, Any]], clients: Sequence[str], title
     left, right = figure.subplots(1, 2)
     rounds = [row["round"] for row in history]
     for client, colour in zip(clients, COLOURS, strict=False):
-        left.plot(rounds, [row[f"loss_{client}"] for row in history], color=colour, label=client)
+        losses = [row[f"loss_{client}"] for row in history]
+        left.plot(rounds, losses, color=colour, label=client)
     left.set(title="training loss", ylabel="mean over the round's steps")
+    left.legend()
 
-    right.plot(rounds, [row["dice"] for row in history], "o-", color=ORANGE, label="averaged")
-    right.plot(rounds, [row["own"] for row in history], "o-", color=BLUE, label="own")
+    # In both colours the weights are the same.
+    averaged = [row["dice"] for row in history]
+    own = [row["own"] for row in history]
+    right.plot(rounds, averaged, "o-", color=ORANGE, label="averaged")
+    right.plot(rounds, own, "o-", color=BLUE, label="own")
     right.set(title="validation, all hospitals", ylabel="mean Dice", ylim=(0, 1))
     right.legend(title="statistics")
+
     for axes in (left, right):
         axes.set(xlabel="round", xticks=rounds)
-    left.legend()
     return figure
 
 

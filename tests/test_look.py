@@ -415,6 +415,8 @@ def test_the_suggestion_is_made_of_training_images(square_root, capsys):
     tau = float(words[words.index("--tau") + 1])
     log_base = float(words[words.index("--log-base") + 1])
     _, chosen = look.look({**given, "tau": tau, "log_base": log_base})
+    of_choice = f"the effect of --tau {tau:g} --log-base {log_base:g}, before augmentation:"
+    assert of_choice in capsys.readouterr().out
     effect = chosen["all"]
     assert f"tau: {effect.small:.1%} of the training images" in said
     assert f"scale {effect.scaled:.1%} of the steps; mean η {effect.eta:.3f}" in said

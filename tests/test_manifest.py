@@ -968,10 +968,10 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
     assert (code, len(found)) == (0, 2)
     text = capsys.readouterr().out
     assert "2 images with masks, by centre: A 1, C 1" in text
-    assert "left out: 1 files without a mask, as" in text and "A/images/2.png" in text
-    assert "left out: 1 files without an image, as" in text and "A/masks/3.png" in text
-    assert "left out: 3 files of several that may belong together" in text
-    assert "left out: 1 files that are further channels" in text and "1_0001.png" in text
+    assert "left out: files without a mask (1), as" in text and "A/images/2.png" in text
+    assert "left out: files without an image (1), as" in text and "A/masks/3.png" in text
+    assert "left out: files of several that may belong together (3)" in text
+    assert "left out: files that are further channels (1)" in text and "1_0001.png" in text
     assert "few images: A, C" in text
     for program in ("-m tools.look", "fedgs.py"):
         assert f": python {program} --dataset {tmp_path / 'manifest.csv'}\n" in text

@@ -504,7 +504,8 @@ def look(given: Mapping, out: Path | None = None) -> tuple[list[Seen], dict[str,
     # What a training would make of it.
     small = {client: images.small for client, images in federation.train.items()}
     effects = predict(config, federation, small)
-    print(f"\n--tau {config.tau:g} --log-base {config.log_base:g} would do, before augmentation:")
+    chosen = f"--tau {config.tau:g} --log-base {config.log_base:g}"
+    print(f"\nthe effect of {chosen}, before augmentation:")
     print(effects_table(effects))
     print("\n" + describe_suggestion(config, federation, seen))
 

@@ -193,7 +193,7 @@ def describe(out: Path, rows: Sequence[tuple[File, File]], left_out: dict[str, l
     if few:
         lines.append(f"few images: {', '.join(few)} (if these are patients: column group)")
     for problem, paths in left_out.items():
-        lines.append(f"left out: {len(paths)} files {problem}, as {paths[0]}")
+        lines.append(f"left out: files {problem} ({len(paths)}), as {paths[0]}")
     where = shlex.quote(str(out))
     lines.append(f"next: python -m tools.look --dataset {where}")
     lines.append(f"then: python fedgs.py --dataset {where}")
