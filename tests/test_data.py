@@ -1033,7 +1033,8 @@ def test_rule_agrees_with_the_published_flags(by_rule, polypgen_root):
     counts = []
     agree = 0
     for centre, images in by_rule.items():
-        published = data.read_size_flags(polypgen_root, centre)
+        names = {f"{name}.jpg" for name in images.names}
+        published = data.read_size_flags(polypgen_root, centre, names)
         counts.append(sum(published.values()))
         for name, small in zip(images.names, images.small.tolist(), strict=True):
             agree += published[f"{name}.jpg"] == small
@@ -1047,7 +1048,8 @@ def test_published_flags_are_the_ones_used(polypgen_root):
     federation = read_frames(polypgen_root, centres=("C5", "C6"), out_centre="C6", size=64)
     small = 0
     for images in (federation.out_test, *parts_of(federation, "C5")):
-        published = data.read_size_flags(polypgen_root, images.centre)
+        names = {f"{name}.jpg" for name in images.names}
+        published = data.read_size_flags(polypgen_root, images.centre, names)
         flags = images.small.tolist()
         assert flags == [published[f"{name}.jpg"] for name in images.names]
         small += sum(flags)

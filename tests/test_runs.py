@@ -533,7 +533,7 @@ def test_rounds_have_the_same_columns():
     ]
 
 
-def test_what_a_run_says_of_itself(monkeypatch):
+def test_what_a_run_says_of_itself(monkeypatch, tmp_path):
     """In config.json, in the lines that it begins with, and as a title."""
     monkeypatch.setattr(runs, "describe_hardware", lambda config, clients: "a machine")
     facts = {"C6": data.Facts(0, 0, 9, 0, 0, "")}
@@ -541,7 +541,7 @@ def test_what_a_run_says_of_itself(monkeypatch):
     federation = SimpleNamespace(**about, facts=facts, out_centre="C6", place="in a folder")
     flat = SimpleNamespace(parameters=torch.zeros(1234))
     clients = SimpleNamespace(federation=federation, flat=flat)
-    config = Config(seed=3, out="out")
+    config = Config(seed=3, out=str(tmp_path))
 
     record = runs.describe_run(config, clients, "9.9")
     assert record["config"]["seed"] == 3
