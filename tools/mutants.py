@@ -319,6 +319,7 @@ def try_one(mutant: Mutant, copy: Copy, record: dict, budget: float) -> tuple[bo
     original = path.read_bytes()
     for tests in tests_of(mutant, record, budget):
         path.write_bytes(mutant.content)
+        os.utime(path, (0, 0))  # Python may have compiled a file of this size and second
         try:
             code = run_tests(tests, copy)
         finally:
