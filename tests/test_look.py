@@ -176,13 +176,17 @@ def test_bad_frames_in_the_published_layout(square_root, tmp_path, capsys):
             target.write_bytes(path.read_bytes())
     cut_short(tmp_path / "data_C1" / "images_C1" / "03.jpg")
     (tmp_path / "data_C2" / "masks_C2" / "05_mask.jpg").unlink()
+    dim = tmp_path / "data_C1" / "masks_C1" / "09_mask.jpg"
+    with Image.open(dim) as mask:
+        mask.point(lambda value: value // 3).save(dim)
 
     where = ["--data-root", tmp_path, "--image-size", "64", "--centres", "C1", "C2", "C6"]
     assert exit_code(look.main, where) == 0
     text = capsys.readouterr().out
     assert f"cannot read {tmp_path}/data_C1/images_C1/03.jpg" in text
+    assert f"{dim} has values up to" in text
     assert "C2 is left out here" in text and "05_mask.jpg is missing" in text
-    assert cells(text, "lesions of", "C1")["images"] == "13"
+    assert cells(text, "lesions of", "C1")["images"] == "12"
 
 
 def test_bad_volumes(tmp_path, capsys):

@@ -11,7 +11,8 @@ import data
 import fedgs
 from support import manifest, volumes
 from support.errors import UserError
-from support.pixels import open_image, open_mask
+from support.masks import check_bright
+from support.pixels import mask_values, open_file, open_image
 
 
 class File(NamedTuple):
@@ -103,6 +104,10 @@ def read_files(row: manifest.Row, config: fedgs.Config, root: Path) -> tuple[int
         return 0, 0
 
     image = open_image(row.image, "RGB", config.window)
-    height, width = open_mask(row.mask).shape
-    data.check_proportions(row.mask, (width, height), image.size)
+    mask = open_file(row.mask)
+    values = mask_values(mask, row.mask)
+    # Of one's own masks, what is lesion is decided by the values of all.
+    if config.dataset == "polypgen":
+        check_bright(values, mask.format, row.mask)
+    data.check_proportions(row.mask, mask.size, image.size)
     return image.size
