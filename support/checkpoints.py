@@ -8,7 +8,6 @@ that comes before, so that a file with a changed bit is told from a good one.
 """
 
 import io
-import math
 import os
 import pickle
 import warnings
@@ -164,40 +163,6 @@ def check_tensor(tensor: Tensor, name: object, path: Path) -> None:
         raise UserError(f"{path} holds {name} with more elements than were written")
     if not tensor.to(torch.float32).isfinite().all():
         raise UserError(f"{path} holds weights that are not finite ({name})")
-
-
-def check_progress(saved: object, path: Path) -> None:
-    """Raise UserError where what path holds is not what a run goes on from, see runs.Folder."""
-
-    def require(condition: bool, what: str) -> None:
-        if not condition:
-            raise UserError(f"{path} is not the state of a run, or of another version ({what})")
-
-    require(isinstance(saved, dict), "it holds something else")
-    velocity = saved.get("velocity")
-    require(isinstance(velocity, Tensor), "velocity")
-    check_tensor(velocity, "velocity", path)
-    require(velocity.dtype == torch.float32, "velocity")
-
-    history = saved.get("history")
-    require(isinstance(history, list), "history")
-    for row in history:
-        require(isinstance(row, dict), "history")
-        known = all(type(value) in (int, float, str) for value in row.values())
-        numbers = [row.get(name) for name in ("round", "eta", "dice", "seconds")]
-        require(known and all(map(is_number, numbers)), "history")
-
-    best = saved.get("best")
-    require(isinstance(best, dict), "best")
-    for found in best.values():
-        require(isinstance(found, dict) and is_number(found.get("round")), "best")
-        score = found.get("score")
-        require(is_number(score) and math.isfinite(score), "best")
-
-
-def is_number(value: object) -> bool:
-    """Whether a value from a file is a number, which True is not."""
-    return type(value) in (int, float)
 
 
 def read_about(state: dict[str, Tensor]) -> dict | None:

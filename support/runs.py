@@ -20,6 +20,7 @@ from typing import Any
 import filelock
 import numpy as np
 import torch
+from torch import Tensor
 
 import metrics
 from support import checkpoints, hardware, options, pictures
@@ -105,29 +106,24 @@ class Folder:
             return []
 
         saved = checkpoints.read(path)
-        checkpoints.check_progress(saved, path)
-        try:
-            weights = saved["weights"]
-            velocity = saved["velocity"].to(server.velocity.device)
-            history = list(saved["history"])
-            rounds = [row["round"] for row in history]
-            best = {name: dict(saved["best"][name]) for name in BEST}
-            round_of = {name: best[name]["round"] for name in BEST}
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{path} is not the state of a run, or of another version ({error!r})"
-            ) from error
+        check_progress(saved, path)
+        weights = saved["weights"]
+        velocity = saved["velocity"].to(server.velocity.device)
+        history = saved["history"]
+        best = {name: saved["best"][name] for name in BEST}
 
         # Each file has to be of this run. Those of the last round are written again, below.
         source = clients.federation.source
         about = checkpoints.check_weights(weights, path)
         self._check_origin(path, about, len(history), source)
-        for name, round_ in round_of.items():
+        for name in BEST:
+            round_ = best[name]["round"]
             if round_ != len(history):
                 best_path = self.path / f"{name}.pt"
                 _, about = checkpoints.read_weights(best_path)
                 self._check_origin(best_path, about, round_, source)
 
+        rounds = [row["round"] for row in history]
         complete = rounds == list(range(1, len(history) + 1))
         if not complete or velocity.shape != server.velocity.shape:
             raise UserError(f"{path} is of no whole run: choose another --out")
@@ -222,6 +218,43 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def check_progress(saved: object, path: Path) -> None:
+    """Raise UserError where what path holds is not what `Folder.save_round` writes."""
+
+    def require(condition: bool, what: str) -> None:
+        if not condition:
+            raise UserError(f"{path} is not the state of a run, or of another version ({what})")
+
+    require(isinstance(saved, dict), "it holds something else")
+    require("weights" in saved, "weights")
+
+    velocity = saved.get("velocity")
+    require(isinstance(velocity, Tensor), "velocity")
+    checkpoints.check_tensor(velocity, "velocity", path)
+    require(velocity.dtype == torch.float32, "velocity")
+
+    history = saved.get("history")
+    require(isinstance(history, list), "history")
+    for row in history:
+        require(isinstance(row, dict), "history")
+        known = all(type(value) in (int, float, str) for value in row.values())
+        numbers = [row.get(name) for name in ("round", "eta", "dice", "seconds")]
+        require(known and all(map(is_number, numbers)), "history")
+
+    best = saved.get("best")
+    require(isinstance(best, dict), "best")
+    for name in BEST:
+        found = best.get(name)
+        require(isinstance(found, dict) and is_number(found.get("round")), "best")
+        score = found.get("score")
+        require(is_number(score) and math.isfinite(score), "best")
+
+
+def is_number(value: object) -> bool:
+    """Whether a value from a file is a number, which True is not."""
+    return type(value) in (int, float)
 
 
 def check_empty(folder: Path, hint: str = "") -> None:

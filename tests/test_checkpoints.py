@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import io
-import math
 import os
 import zipfile
 from pathlib import Path
@@ -508,53 +507,6 @@ def test_reasons_are_short_and_in_our_words(tmp_path):
     with pytest.raises(UserError) as caught:
         checkpoints.load(nn.Linear(1, 1), {"x" * 10**6: torch.ones(1)}, Path("a.pt"))
     assert len(str(caught.value)) < 500
-
-
-ROW = {"round": 1, "eta": 1.0, "dice": 0.5, "seconds": 1.0, "data": "somewhere"}
-PROGRESS = {
-    "weights": {},
-    "velocity": torch.zeros(3),
-    "history": [ROW],
-    "best": {"best": {"round": 1, "score": 0.5}},
-}
-
-
-def test_the_state_of_a_run():
-    checkpoints.check_progress(PROGRESS, Path("resume.pt"))
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        *[("velocity", x) for x in (None, 3, "x", [0.0])],
-        *[("history", x) for x in (None, 3, "x", {}, torch.ones(2, 2))],
-        *[("best", x) for x in (None, 3, "x", [], torch.ones(2, 2))],
-        ("velocity", torch.tensor([0, torch.nan])),
-        ("velocity", torch.tensor([0, torch.inf])),
-        ("velocity", torch.zeros(3, dtype=torch.float64)),
-        ("velocity", torch.zeros(3, dtype=torch.int64)),
-        ("velocity", torch.zeros(3, device="meta")),
-        ("history", [1]),
-        ("history", [{**ROW, "eta": "1"}]),
-        ("history", [{**ROW, "loss_C1": [1]}]),
-        ("history", [{**ROW, "loss_C1": torch.ones(1)}]),
-        ("history", [{name: x for name, x in ROW.items() if name != "seconds"}]),
-        ("history", [{**ROW, "round": True}]),
-        ("best", {"best": 3}),
-        ("best", {"best": {"round": 1}}),
-        ("best", {"best": {"round": "1", "score": 0.5}}),
-        ("best", {"best": {"round": 1, "score": math.nan}}),
-        ("best", {"best": {"round": 1, "score": math.inf}}),
-    ],
-)
-def test_what_is_no_state_of_a_run(key, value):
-    with pytest.raises(UserError, match=r"resume\.pt"):
-        checkpoints.check_progress({**PROGRESS, key: value}, Path("resume.pt"))
-
-
-def test_something_else_is_no_state_of_a_run():
-    with pytest.raises(UserError, match=r"resume\.pt is not the state of a run"):
-        checkpoints.check_progress([PROGRESS], Path("resume.pt"))
 
 
 def test_one_negative_variance_is_enough(tiny, tmp_path):

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -446,6 +447,55 @@ def test_state_of_another_kind(tmp_path, key, value):
     checkpoints.save(tmp_path / "resume.pt", {**saved, key: value})
     with pytest.raises(UserError, match=r"resume.pt"):
         Rounds(tmp_path)
+
+
+BEST = {name: {"round": 1, "score": 0.5} for name in runs.BEST}
+ROW = {"round": 1, "eta": 1.0, "dice": 0.5, "seconds": 1.0, "data": "somewhere"}
+PROGRESS = {
+    "weights": {},
+    "velocity": torch.zeros(3),
+    "history": [ROW],
+    "best": BEST,
+}
+
+
+def test_the_state_of_a_run():
+    runs.check_progress(PROGRESS, Path("resume.pt"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("velocity", x) for x in (None, 3, "x", [0.0])],
+        *[("history", x) for x in (None, 3, "x", {}, torch.ones(2, 2))],
+        *[("best", x) for x in (None, 3, "x", [], torch.ones(2, 2))],
+        ("velocity", torch.tensor([0, torch.nan])),
+        ("velocity", torch.tensor([0, torch.inf])),
+        ("velocity", torch.zeros(3, dtype=torch.float64)),
+        ("velocity", torch.zeros(3, dtype=torch.int64)),
+        ("velocity", torch.zeros(3, device="meta")),
+        ("history", [1]),
+        ("history", [{**ROW, "eta": "1"}]),
+        ("history", [{**ROW, "loss_C1": [1]}]),
+        ("history", [{**ROW, "loss_C1": torch.ones(1)}]),
+        ("history", [{name: x for name, x in ROW.items() if name != "seconds"}]),
+        ("history", [{**ROW, "round": True}]),
+        ("best", {**BEST, "best": 3}),
+        ("best", {**BEST, "best": {"round": 1}}),
+        ("best", {**BEST, "best": {"round": "1", "score": 0.5}}),
+        ("best", {**BEST, "best": {"round": 1, "score": math.nan}}),
+        ("best", {**BEST, "best": {"round": 1, "score": math.inf}}),
+        ("best", {"best": {"round": 1, "score": 0.5}}),
+    ],
+)
+def test_what_is_no_state_of_a_run(key, value):
+    with pytest.raises(UserError, match=r"resume\.pt"):
+        runs.check_progress({**PROGRESS, key: value}, Path("resume.pt"))
+
+
+def test_something_else_is_no_state_of_a_run():
+    with pytest.raises(UserError, match=r"resume\.pt is not the state of a run"):
+        runs.check_progress([PROGRESS], Path("resume.pt"))
 
 
 def test_state_that_is_no_dictionary(tmp_path):
