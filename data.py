@@ -131,9 +131,8 @@ class Images:
     inverse_area: Tensor  # (N,) float64, image pixels / lesion pixels; inf for an empty mask
     small: Tensor  # (N,) bool
     spacing: Tensor  # (N, 2) float64, from row to row and column to column: mm, or 1 if unknown
-    turned: Sequence[
-        Path
-    ] = ()  # files that EXIF turns, and not their masks; or the other way round
+    # Files that EXIF turns otherwise than their masks.
+    turned: Sequence[Path] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -457,6 +456,8 @@ def hash_of(parts: Sequence[Images]) -> str:
 
 
 POLYPGEN_TAU = 150  # the threshold that the published size flags were made with
+READ = (".jpg", ".jpeg", ".png")  # suffixes of its images, in either case
+NOT_READ = (".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".tif", ".tiff", ".webp")
 
 
 def list_polypgen(
@@ -526,16 +527,13 @@ def list_pairs(root: Path, centre: str) -> list[tuple[Path, Path]]:
         pairs.append((image, masks.pop(mask.name)))
 
     # A mask that no image has asked for is most likely a misspelt name.
-    for mask in masks.values():
+    if masks:
+        mask = next(iter(masks.values()))
         raise UserError(
             f"{mask} has no image: the mask of NAME{mask.suffix} in {image_folder} is "
             f"NAME_mask{mask.suffix}"
         )
     return pairs
-
-
-READ = (".jpg", ".jpeg", ".png")  # in either case
-NOT_READ = (".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".tif", ".tiff", ".webp")
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -657,7 +655,11 @@ def list_lits(
         found = volumes.find_volumes(root, LITS_VOLUMES[centre])
         present = [number for number in published_order(centre) if number in found]
         numbers = [number for number in present if found[number][0] not in skip]
-        remarks[centre] = volumes.remarks_on(centre, [found[number] for number in numbers])
+        pairs = [found[number] for number in numbers]
+        remarks[centre] = [
+            *volumes.remarks_on_slices(centre, [volume for volume, _ in pairs]),
+            *volumes.remarks_on_places(centre, pairs),
+        ]
         before = len(records)
         for number in tqdm(
             numbers, desc=f"cutting slices of {centre}", unit="volume", leave=False, disable=None
@@ -748,8 +750,7 @@ def list_own(
         if kind == "slices":
             for row in of_rows:
                 volumes.check_geometry(row.image, row.mask)
-            pairs = [(row.image, row.mask) for row in of_rows]
-            remarks[centre] = volumes.remarks_on(centre, pairs)
+            remarks[centre] = volumes.remarks_on_slices(centre, [row.image for row in of_rows])
 
     cut = volumes.Cut(tuple(window), tuple(lesion))
     cache_folder = cache_of(path, cache)
@@ -861,7 +862,7 @@ class Decoded(NamedTuple):
     inverse_area: float
     small: bool
     spacing: tuple[float, float]
-    turned: bool  # by EXIF, and not its mask; or the other way round
+    turned: bool  # by EXIF otherwise than its mask
 
 
 def decode(centre: str, records: Sequence[Record], reading: Reading) -> Images:

@@ -9,7 +9,7 @@ import contextlib
 import os
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -95,24 +95,15 @@ def mask_values(image: Image.Image, path: Path) -> np.ndarray:
 
 def open_file(path: Path) -> Image.Image:
     """A decoded image, turned as it is to be looked at. Raises UserError naming the file."""
-    try:
-        with open_header(path) as image:
-            check_size(image, path)
-            kind = image.format
-            if kind == "PNG":
-                check_checksums(path)
-            with QUIET if kind == "TIFF" else contextlib.nullcontext():
-                frames = getattr(image, "n_frames", 1)
-                turned = image.getexif().get(ExifTags.Base.Orientation)
-                upright = ImageOps.exif_transpose(image)
-    except UnidentifiedImageError as error:
-        raise UserError(f"cannot read {path}: it is no image, or of a kind not known") from error
-    except UserError:
-        raise
-    except Exception as error:
-        # What a decoder stumbles over in damaged bytes may be of any kind.
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"cannot read {path}: {reason}") from error
+    with open_header(path) as image:
+        check_size(image, path)
+        kind = image.format
+        if kind == "PNG":
+            check_checksums(path)
+        with QUIET if kind == "TIFF" else contextlib.nullcontext():
+            frames = getattr(image, "n_frames", 1)
+            turned = image.getexif().get(ExifTags.Base.Orientation)
+            upright = ImageOps.exif_transpose(image)
 
     # A camera's MPO file holds a preview beside the photograph; others hold a stack.
     if frames > 1 and kind != "MPO":
@@ -122,12 +113,26 @@ def open_file(path: Path) -> Image.Image:
     return upright
 
 
-def open_header(path: Path) -> Image.Image:
-    """An image of which only the header is read yet. Raises UserError, and whatever Pillow does."""
+@contextlib.contextmanager
+def open_header(path: Path) -> Iterator[Image.Image]:
+    """An image of which only the header is read yet, to be decoded inside the block.
+
+    Raises UserError naming the file for all that Pillow stumbles over, then and there.
+    """
     check_regular(path)
     # Pillow warns of what is an error here, and of notes of a camera that nobody reads.
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    return Image.open(path, formats=FORMATS)
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
+    except UnidentifiedImageError as error:
+        raise UserError(f"cannot read {path}: it is no image, or of a kind not known") from error
+    except UserError:
+        raise
+    except Exception as error:
+        # What a decoder stumbles over in damaged bytes may be of any kind.
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"cannot read {path}: {reason}") from error
 
 
 def check_size(image: Image.Image, path: Path) -> None:
@@ -140,7 +145,7 @@ def check_size(image: Image.Image, path: Path) -> None:
 
 
 def check_checksums(path: Path) -> None:
-    """Raise what Pillow does for a PNG file that is not what was written, by its own checksums."""
+    """Raise UserError for a PNG file that is not what was written, by its own checksums."""
     # In decoding it does not look at those of the pixels.
     with open_header(path) as image:
         image.verify()
@@ -233,7 +238,7 @@ def is_saved_in_colour(path: Path) -> bool:
             if image.mode == "P":
                 return not has_grey_palette(image)
             return not (is_deep(image) or image.mode in ("1", "L", "LA", "La"))
-    except Exception:
+    except UserError:
         return False  # it is named when it is read
 
 

@@ -178,22 +178,26 @@ def is_axial(path: Path) -> bool:
     return int(np.abs(volume.affine[:3, 2]).argmax()) == 2
 
 
-def remarks_on(centre: str, pairs: Sequence[tuple[Path, Path]]) -> list[str]:
-    """What the user of a centre's volumes should know of how they lie. pairs: see `distance`"""
-    remarks = []
-    turned = [volume.name for volume, _ in pairs if not is_axial(volume)]
-    if turned:
-        remarks.append(
-            f"{len(turned)} volumes of {centre} are cut into slices that are not axial, by their "
-            f"affines, as {turned[0]}"
-        )
+def remarks_on_slices(centre: str, paths: Sequence[Path]) -> list[str]:
+    """Which volumes of a centre are sliced along another axis than most."""
+    turned = [path.name for path in paths if not is_axial(path)]
+    if not turned:
+        return []
+    return [
+        f"{len(turned)} volumes of {centre} are cut into slices that are not axial, by their "
+        f"affines, as {turned[0]}"
+    ]
+
+
+def remarks_on_places(centre: str, pairs: Sequence[tuple[Path, Path]]) -> list[str]:
+    """Which segmentations of a centre lie elsewhere than their volumes. pairs: see `distance`"""
     apart = [segmentation.name for volume, segmentation in pairs if distance(volume, segmentation)]
-    if apart:
-        remarks.append(
-            f"{len(apart)} segmentations of {centre} lie elsewhere than their volumes, by their "
-            f"affines, as {apart[0]}"
-        )
-    return remarks
+    if not apart:
+        return []
+    return [
+        f"{len(apart)} segmentations of {centre} lie elsewhere than their volumes, by their "
+        f"affines, as {apart[0]}"
+    ]
 
 
 def check_shape(
@@ -410,10 +414,9 @@ def slice_files(
     index = read_index(folder)
     if index.get("made_from") != made_from or not is_whole(folder, index):
         try:
-            content = write_slices(volume_path, segmentation_path, folder, cut)
+            content, marks = write_slices(volume_path, segmentation_path, folder, cut)
             index = {"made_from": made_from, **content}
             # Last: an index means that all of its images are there.
-            marks = index.pop("marks")
             files.write_text(folder / "index.json", files.to_checked_json(index, marks))
         except OSError as error:
             why = error.strerror or error
@@ -475,10 +478,12 @@ def mark_of(path: Path) -> str:
         return f"{length} {file.read().hex()}"
 
 
-def write_slices(volume_path: Path, segmentation_path: Path, folder: Path, cut: Cut) -> dict:
-    """Cut a volume into images. -> what the index says of them
+def write_slices(
+    volume_path: Path, segmentation_path: Path, folder: Path, cut: Cut
+) -> tuple[dict, dict[str, str]]:
+    """Cut a volume into images. -> what the index says of them, {file name: see mark_of}
 
-    {"slices": their numbers, "lesion": labels, "spacing": mm, "marks": {file name: see mark_of}}
+    The former is {"slices": their numbers, "lesion": labels, "spacing": mm}.
     """
     lesion = cut.lesion or only_label(segmentation_path)
     slices = []
@@ -496,7 +501,7 @@ def write_slices(volume_path: Path, segmentation_path: Path, folder: Path, cut: 
 
     between_rows, between_columns = open_volume(volume_path).header.get_zooms()[:2]
     spacing = float(between_rows), float(between_columns)
-    return {"slices": numbers, "lesion": lesion, "spacing": spacing, "marks": marks}
+    return {"slices": numbers, "lesion": lesion, "spacing": spacing}, marks
 
 
 def save_png(path: Path, pixels: np.ndarray) -> None:

@@ -607,7 +607,7 @@ def test_volumes_that_are_not_stored_axially_are_said(tmp_path, name):
     for kind in ("volume", "segmentation"):
         nibabel.Nifti1Image(labels, affine).to_filename(tmp_path / f"{kind}.nii")
     pair = tmp_path / "volume.nii", tmp_path / "segmentation.nii"
-    remarks = volumes.remarks_on("C1", [pair])
+    remarks = volumes.remarks_on_slices("C1", [pair[0]])
     said = "1 volumes of C1 are cut into slices that are not axial, by their affines, as volume.nii"
     assert remarks == ([] if name == "axial" else [said])
 
