@@ -7,7 +7,6 @@ Pages show the notebooks as they are stored: nothing is run. They need no networ
 included, and no script. Needs pip install -e ".[book]".
 """
 
-import argparse
 import html
 import re
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 from support.errors import UserError, readable_errors
 from support.files import write_text
+from support.options import new_parser
 
 try:
     import nbformat
@@ -154,7 +154,6 @@ def write_book(folder: Path, out: Path) -> list[Path]:
         body = re.sub(r'(href="[0-9]{2}_\w+)\.ipynb', r"\1.html", body)
         pages[notebook.page] = page_of(notebook.title, body, notebooks)
 
-    out.mkdir(parents=True, exist_ok=True)
     for name, text in pages.items():
         write_text(out / name, text)
     return [out / name for name in pages]
@@ -162,12 +161,9 @@ def write_book(folder: Path, out: Path) -> list[Path]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.book",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, default=Path("build/book"), help="folder (%(default)s)")
+    parser = new_parser(__doc__, "python -m tools.book")
+    parser.set_defaults(out=Path("build/book"))
+    parser.add_argument("--out", type=Path, help="folder; default: build/book")
     with readable_errors("tools.book"):
         pages = write_book(FOLDER, parser.parse_args(arguments).out)
         print(f"{len(pages)} pages; open {pages[0]}")
