@@ -39,8 +39,7 @@ def measure_surfaces(test: fedgs.CentreTest, tolerance: float) -> np.ndarray:
     truth = test.images.masks[:, 0].bool().numpy()
     measured = np.full((len(truth), 2), math.nan)
     for i, spacing in enumerate(test.images.spacing.tolist()):
-        pair = metrics.surface_measures(predicted[i], truth[i], spacing, tolerance)
-        measured[i] = pair
+        measured[i] = metrics.surface_measures(predicted[i], truth[i], spacing, tolerance)
     return measured
 
 
@@ -57,17 +56,21 @@ def means_over_images(measured: np.ndarray) -> dict[str, dict]:
 
 def add_surfaces(tests: Sequence[fedgs.CentreTest], summary: dict, tolerance: float) -> None:
     """Measure boundaries, and add them to the rows of scores.csv and the summary of the splits."""
-    for batch_norm, split in itertools.product(fedgs.STATISTICS, tables.SPLITS):
-        of_split = [np.empty((0, len(SURFACES)))]
-        for test in tests:
-            if (test.batch_norm, test.split) != (batch_norm, split):
-                continue
-            measured = measure_surfaces(test, tolerance)
-            of_split.append(measured)
-            for row, (nsd, hd95) in zip(test.scores, measured.tolist(), strict=True):
-                row["nsd"] = nsd
-                row["hd95"] = hd95
-        summary[batch_norm][split].update(means_over_images(np.concatenate(of_split)))
+    # All splits have these measures, and of nothing where nothing was tested.
+    nothing = np.empty((0, len(SURFACES)))
+    parts_of = {}
+    for key in itertools.product(fedgs.STATISTICS, tables.SPLITS):
+        parts_of[key] = [nothing]
+
+    for test in tests:
+        measured = measure_surfaces(test, tolerance)
+        parts_of[test.batch_norm, test.split].append(measured)
+        for row, (nsd, hd95) in zip(test.scores, measured.tolist(), strict=True):
+            row["nsd"] = nsd
+            row["hd95"] = hd95
+
+    for (batch_norm, split), parts in parts_of.items():
+        summary[batch_norm][split].update(means_over_images(np.concatenate(parts)))
 
 
 def surfaces_table(name: str, summary: dict, images: str, tolerance: float) -> str:
