@@ -244,9 +244,8 @@ def check_progress(saved: object, path: Path) -> None:
         require(known and all(map(is_number, numbers)), "history")
 
     best = saved.get("best")
-    require(isinstance(best, dict), "best")
-    for name in BEST:
-        found = best.get(name)
+    require(isinstance(best, dict) and set(BEST) <= set(best), "best")
+    for found in best.values():
         require(isinstance(found, dict) and is_number(found.get("round")), "best")
         score = found.get("score")
         require(is_number(score) and math.isfinite(score), "best")

@@ -486,6 +486,7 @@ def test_the_state_of_a_run():
         ("best", {**BEST, "best": {"round": 1, "score": math.nan}}),
         ("best", {**BEST, "best": {"round": 1, "score": math.inf}}),
         ("best", {"best": {"round": 1, "score": 0.5}}),
+        ("best", {**BEST, "another": 3}),
     ],
 )
 def test_what_is_no_state_of_a_run(key, value):
